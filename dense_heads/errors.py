@@ -14,10 +14,10 @@ class UserError(ValueError):
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> UserError:
     """The error for a name that does not exist: lists those that do, nearest first."""
     options = list(known)
-    near = difflib.get_close_matches(name, options, n=len(options), cutoff=0.4)
+    near = difflib.get_close_matches(name, options, n=len(options) or 1, cutoff=0.4)
     ordered = near + sorted(option for option in options if option not in near)
     guess = f" Did you mean {near[0]!r}?" if near else ""
-    return UserError(f"Unknown {kind} {name!r}.{guess} There are: {', '.join(ordered)}.")
+    return UserError(f"Unknown {kind} {name!r}.{guess} There are: {', '.join(ordered) or 'none'}.")
 
 
 def user_error_in(error: BaseException | None) -> UserError | None:

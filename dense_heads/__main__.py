@@ -1,0 +1,21 @@
+"""The command: `python -m dense_heads [mode=fit] task=... backbone=... head=... [group.key=value ...]`."""
+
+import sys
+from collections.abc import Sequence
+
+from dense_heads import command
+from dense_heads.paths import CONF_DIR
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line `argv` (default: this process's own); returns the exit code: 0 or, for a user's mistake, 2."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if command.asks_for_help(arguments):
+        return command.print_help()
+    with command.user_errors(arguments) as outcome:
+        command.hand_to_hydra(command.recompose(arguments), CONF_DIR)
+    return outcome.code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""What stands between the shell and Hydra: help, a run's own overrides, and errors a person can read.
+
+Nothing here imports torch: `--help` and a mistyped name answer at once.
+"""
+
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from dense_heads import recompose as _recompose
+from dense_heads.errors import UserError, unknown_name, user_error_in
+from dense_heads.paths import CONF_DIR, TASKS_DIR
+from dense_heads.registry import register_tasks
+
+GROUPS = ("task", "backbone", "head", "optim", "trainer", "logger", "callbacks", "debug", "experiment")
+MODES = {
+    "fit": "train a head, measure it, write the run folder (default)",
+    "evaluate": "measure a trained head: model=RUN, on its own or another task=",
+    "predict": "model=RUN input=FILE_OR_FOLDER output=FOLDER: label maps and overlays",
+}
+PLANNED_MODES = ("export", "embed", "sweep", "doctor")
+
+recompose = _recompose.recompose
+
+
+def options(group: str) -> list[str]:
+    """The names that `group=` takes."""
+    names = {path.stem for path in (CONF_DIR / group).glob("*.yaml")}
+    if group == "task":
+        names |= {path.parent.name for path in TASKS_DIR.glob("*/task.yaml")}
+    return sorted(name for name in names if not name.startswith("_"))
+
+
+def asks_for_help(arguments: Sequence[str]) -> bool:
+    """Whether the user asked for our own help (Hydra's stands under --hydra-help)."""
+    return "--help" in arguments or "-h" in arguments
+
+
+def print_help() -> int:
+    """Tasks, backbones, heads and modes on one screen."""
+    families = {path.stem for path in (CONF_DIR / "task").glob("*.yaml")}
+    rows = {group: options(group) for group in GROUPS}
+    print(f"dense_heads {version('dense-heads')}: dense heads on a frozen DINOv2\n")
+    print("  python -m dense_heads [mode=fit] task=... backbone=... head=... [group.key=value ...]\n")
+    print("Modes")
+    for mode, purpose in MODES.items():
+        print(f"  {mode:<12}{purpose}")
+    print("\nTasks")
+    for name in rows.pop("task"):
+        if name in families:
+            print(f"  {name:<14}(family) your own data: task={name} task.num_classes=K data.root=FOLDER")
+        else:
+            print(f"  {name:<14}{OmegaConf.load(TASKS_DIR / name / 'task.yaml').title}")
+    for group, names in rows.items():
+        if names:
+            print(f"\n{group.capitalize()}\n  {'  '.join(names)}")
+    print("\nOften set: data.root data.batch_size data.num_workers trainer.max_steps optim.lr seed backbone.weights head.weights")
+    print("Print the whole config of a run without running it: --cfg job. Several runs: -m key=a,b. Tracebacks: debug=traceback.")
+    return 0
+
+
+def hand_to_hydra(arguments: list[str], conf_dir: Path) -> None:
+    """Compose the run with Hydra and start it; raises what the run raises."""
+    register_tasks()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra would print and exit by itself: we want the exception
+    failed: list[Exception] = []
+
+    @hydra.main(config_path=str(conf_dir), config_name="config", version_base="1.3")
+    def start(cfg: DictConfig) -> object:
+        from dense_heads.run import run  # imports torch: only now
+
+        try:
+            return run(cfg)
+        except Exception as error:
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                raise  # Hydra says which job failed and goes on with the others
+            failed.append(error)
+            return None
+
+    before = sys.argv
+    sys.argv = [before[0], *arguments]
+    try:
+        start()
+    finally:
+        sys.argv = before
+    if failed:
+        raise failed[0]
+
+
+@dataclass
+class Outcome:
+    """How the command ended."""
+
+    code: int = 0
+
+
+@contextmanager
+def user_errors(arguments: Sequence[str]) -> Iterator[Outcome]:
+    """Turns a user's mistake into one message on stderr and exit code 2; `debug=traceback` lets it through."""
+    outcome = Outcome()
+    try:
+        yield outcome
+    except Exception as error:
+        user_error = user_error_in(error) or _translated(error)
+        if user_error is None or "debug=traceback" in arguments:
+            raise
+        print(f"dense_heads: {user_error}", file=sys.stderr)
+        outcome.code = 2
+
+
+def _translated(error: BaseException | None) -> UserError | None:
+    """Hydra's and OmegaConf's own composition errors in our words; None for an exception that is a bug."""
+    while error is not None:
+        text = " ".join(str(error).split())
+        if found := re.search(r"(?:Could not find|Could not load|In '[^']*': Could not find) '([\w@./-]+)/([^/']*)'", text):
+            group = found[1].split("@")[0].split("/")[-1]
+            return unknown_name(group, found[2], options(group))
+        if isinstance(error, OmegaConfBaseException) and (found := re.search(r"Key '([^']+)' is not in struct", text)):
+            known = list(error.parent_node or {})  # type: ignore[call-overload]
+            where = (error.full_key or "").rpartition(".")[0] or "the config"
+            return unknown_name(f"key in {where}:", found[1], [str(key) for key in known])
+        if found := re.search(r"Missing mandatory value: ([\w.]+)", text):
+            return UserError(f"{found[1]} is not set and has no default. Set it: {found[1]}=VALUE.")
+        if isinstance(error, HydraException | OmegaConfBaseException):
+            if error.__cause__ is not None and (deeper := _translated(error.__cause__)):
+                return deeper
+            return UserError(f"{text} (--help lists what there is, --cfg job prints the whole config.)")
+        error = error.__cause__
+    return None

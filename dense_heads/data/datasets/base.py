@@ -1,0 +1,77 @@
+"""What every reader of an on-disk format shares: its samples and its errors."""
+
+from collections import Counter
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+from dense_heads.errors import UserError
+
+Split = Literal["train", "val", "test"]
+SPLITS: tuple[Split, ...] = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image and its label on disk."""
+
+    image_id: str
+    image: Path
+    mask: Path | None = None  # None where a test set keeps its labels to itself
+
+
+class Reader(Protocol):
+    """A data set on disk. `notices` are sentences that a run must show, such as "not comparable"."""
+
+    notices: list[str]
+
+    def samples(self, split: Split) -> list[Sample]:
+        """The samples of a split in a fixed order; [] for a test split that does not exist."""
+        ...
+
+
+def missing_data(what: Path, layout: str, hint: str = "") -> UserError:
+    """The error for data that are not there: the place looked in, the layout expected, how to get them."""
+    looked = f"{what.resolve()} does not exist or is no folder."
+    get_it = hint.strip() or "Set data.root=FOLDER to the folder that holds it."
+    return UserError(f"{looked}\nExpected this layout:\n{layout.strip(chr(10))}\nHow to get it: {get_it}")
+
+
+def read_list(path: Path) -> list[str]:
+    """The names in a split list (`train.txt`), one a line, blank lines left out.
+
+    Raises:
+        UserError: the file cannot be read, is empty, or names a sample twice.
+    """
+    try:
+        names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as a list of samples ({error}). Expected one name a line.") from error
+    if not names:
+        raise UserError(f"{path}: the list is empty; expected one name a line.")
+    twice = [name for name, count in Counter(names).items() if count > 1]
+    if twice:
+        raise UserError(f"{path}: {shorten(twice)} named more than once; expected each sample once. Remove the copies.")
+    return names
+
+
+def require_files(samples: Sequence[Sample], source: Path) -> None:
+    """Check that all images and masks exist.
+
+    Raises:
+        UserError: some do not; names the first of them.
+    """
+    gone = [str(p) for s in samples for p in (s.image, s.mask) if p is not None and not p.is_file()]
+    if gone:
+        raise UserError(
+            f"{source}: {len(gone)} of the files that belong to it do not exist: {shorten(gone)}. "
+            "The data set is incomplete; unpack it again, or correct the list."
+        )
+
+
+def shorten(names: Collection[str], first: int = 5) -> str:
+    """The first names of many, and how many more there are."""
+    shown = list(names)[:first]
+    more = f" and {len(names) - first} more" if len(names) > first else ""
+    return ", ".join(shown) + more

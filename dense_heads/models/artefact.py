@@ -1,0 +1,160 @@
+"""A trained head on disk: `head.safetensors` and `card.json`, no pickle, no code.
+
+The card says everything that is needed to use the head again: which backbone (and its fingerprint), which head with
+which plain arguments, the classes, the preprocessing and the windows it was measured with, and the licence.
+"""
+
+import importlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from dense_heads.backbones.weights import load_backbone
+from dense_heads.backbones.zoo import resolve_blocks
+from dense_heads.data.transforms import EvalTransform
+from dense_heads.errors import UserError
+from dense_heads.heads.base import Head
+from dense_heads.models.dense import DenseModel, FrozenBackbone
+from dense_heads.models.inference import Inference
+from dense_heads.models.segmentor import Segmentor
+
+HEAD_FILE, CARD_FILE = "head.safetensors", "card.json"
+MODELS: dict[str, type[Segmentor]] = {"segmentation": Segmentor}
+
+
+@dataclass(frozen=True)
+class Card:
+    """What `card.json` holds; plain values only."""
+
+    family: str
+    task: str
+    backbone: dict[str, Any]  # arguments of load_backbone, and the fingerprint
+    head: dict[str, Any]  # name, target, arguments
+    num_outputs: int
+    classes: list[str]
+    colours: list[list[int]]
+    labels: dict[str, Any]  # raw value -> class, for predictions in raw ids
+    preprocessing: dict[str, Any]  # arguments of EvalTransform, and the patch fit
+    inference: dict[str, Any]  # arguments of Inference
+    licence: dict[str, str]
+    overrides: list[str] = field(default_factory=list)
+    version: int = 1
+
+
+def head_target(head: type) -> str:
+    """The import path of a head class, as a card names it."""
+    return f"{head.__module__}.{head.__qualname__}"
+
+
+def save_artefact(folder: Path, head: Head, card: Card) -> None:
+    """Write both files into `folder`."""
+    tensors = {key: value.detach().contiguous().cpu() for key, value in head.state_dict().items()}
+    save_file(tensors, folder / HEAD_FILE, metadata={"format": "pt", "task": card.task, "head": card.head["name"]})
+    (folder / CARD_FILE).write_text(json.dumps(asdict(card), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_card(folder: Path) -> Card:
+    """The card of a run folder or artefact.
+
+    Raises:
+        UserError: no finished run is there, or the card is not readable.
+    """
+    path = (folder if folder.is_dir() else folder.parent) / CARD_FILE
+    if not path.is_file():
+        raise UserError(
+            f"{folder} holds no trained head ({CARD_FILE} is missing). Expected the folder of a finished run; "
+            "one that was stopped goes on with resume=RUN."
+        )
+    try:
+        return Card(**json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} is not a card that this version reads: {error}.") from error
+
+
+def make_head(target: str, arguments: Mapping[str, Any], num_outputs: int, backbone: FrozenBackbone) -> Head:
+    """The head that a card describes; a card never decides what code runs beyond the heads of this package.
+
+    Raises:
+        UserError: the target is no Head of dense_heads, or its arguments do not fit.
+    """
+    module_name, _, class_name = target.rpartition(".")
+    found = None
+    if module_name.startswith("dense_heads.heads.") and class_name.isidentifier():
+        try:
+            found = getattr(importlib.import_module(module_name), class_name, None)
+        except ImportError:
+            found = None
+    if not (isinstance(found, type) and issubclass(found, Head) and found.__module__ == module_name):
+        raise UserError(
+            f"The card asks for the head {target!r}. Only heads of dense_heads.heads are loaded from a card, "
+            "because a file must not decide what code runs."
+        )
+    num_blocks = len(resolve_blocks(backbone.backbone.name, arguments.get("blocks", "last")))
+    try:
+        return found([backbone.backbone.embed_dim] * num_blocks, num_outputs, **arguments)
+    except TypeError as error:
+        raise UserError(f"The card's arguments do not fit {target}: {error}.") from error
+
+
+def load_head_tensors(head: Head, path: Path) -> None:
+    """Fill a head from `head.safetensors`, strictly.
+
+    Raises:
+        UserError: the file is missing, truncated, or of another head.
+    """
+    try:
+        head.load_state_dict(load_file(path))
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be read as safetensors: {error}. Copy it again from the run.") from error
+    except RuntimeError as error:
+        raise UserError(f"{path} does not fit its card: {' '.join(str(error).split())[:400]}") from error
+
+
+def trained_head(folder: Path, backbone: FrozenBackbone, num_outputs: int | None = None) -> Head:
+    """The head of a finished run on a backbone that is already there.
+
+    Raises:
+        UserError: the files are missing or broken, the backbone is not the one that the head was trained on, or the
+            head predicts another number of classes than `num_outputs`.
+    """
+    card = read_card(folder)
+    ours = backbone.backbone.fingerprint()
+    if card.backbone["fingerprint"] != ours:
+        raise UserError(
+            f"{folder}: the head was trained on {card.backbone['name']} with weights {card.backbone['weights']!r} "
+            f"(fingerprint {card.backbone['fingerprint']}); this is {backbone.backbone.name} with fingerprint {ours}. "
+            "Use the same backbone and weights."
+        )
+    if num_outputs is not None and num_outputs != card.num_outputs:
+        raise UserError(
+            f"{folder}: the head predicts {card.num_outputs} classes ({card.task}), the task has {num_outputs}. "
+            "Evaluate it on a task with the same classes."
+        )
+    head = make_head(card.head["target"], card.head["arguments"], card.num_outputs, backbone)
+    load_head_tensors(head, folder / HEAD_FILE)
+    return head
+
+
+def load_model(path: str | Path, device: str = "cpu") -> DenseModel:
+    """A trained model, ready for `predict`: from a finished run's folder, or its `head.safetensors`.
+
+    Raises:
+        UserError: nothing is there, the files are broken, the backbone's weights are not to be had, or they are not
+            those that the head was trained on.
+    """
+    folder = Path(path)
+    folder = folder if folder.is_dir() else folder.parent
+    card = read_card(folder)
+    if card.family not in MODELS:
+        raise UserError(f"{folder / CARD_FILE}: family {card.family!r} is not one of {', '.join(MODELS)}.")
+    arguments = {key: value for key, value in card.backbone.items() if key != "fingerprint"}
+    backbone = FrozenBackbone(load_backbone(**arguments), card.preprocessing["patch_fit"])
+    head = trained_head(folder, backbone)
+    transform = {key: value for key, value in card.preprocessing.items() if key != "patch_fit"}
+    model = MODELS[card.family](backbone, head, EvalTransform(**transform), Inference(**card.inference), card.classes)
+    return model.eval().to(device)

@@ -1,0 +1,113 @@
+"""A frozen backbone and the heads that stand on it, as plain PyTorch modules.
+
+Freezing happens here and nowhere else: no gradient, `eval()` kept through `.train()`, nothing in a state dict.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from dense_heads.backbones.base import Backbone
+from dense_heads.backbones.zoo import resolve_blocks
+from dense_heads.heads.base import Head
+from dense_heads.ops.pad import fit_to_patch, unpad_map
+from dense_heads.ops.resize import resize
+from dense_heads.structures import FeatureRequest, Features, Size
+
+
+class FrozenBackbone(nn.Module):
+    """A backbone that never changes: its features are data.
+
+    It is invisible to state dicts, so neither a checkpoint nor an artefact carries its weights; a state dict without
+    them still loads strictly.
+    """
+
+    def __init__(self, backbone: Backbone, patch_fit: str = "pad") -> None:
+        """`patch_fit`: how an image meets the patch size: pad | pad_exact | crop | resize (`ops/pad.py`)."""
+        super().__init__()
+        self.backbone = backbone.requires_grad_(False)
+        self.patch_fit = patch_fit
+        self.register_state_dict_post_hook(_leave_out_of_state_dict)
+        self.register_load_state_dict_pre_hook(_stand_in_for_itself)
+        self.train(False)
+
+    def train(self, mode: bool = True) -> Self:
+        """Stays in eval mode, whatever is asked: normalisation and stochastic depth must not wake up."""
+        return super().train(False)
+
+    def request(self, head: Head) -> FeatureRequest:
+        """The blocks of this backbone that `head` asks for by name, and whether they are normed."""
+        return FeatureRequest(resolve_blocks(self.backbone.name, head.blocks), head.norm)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor, requests: Sequence[FeatureRequest]) -> list[Features]:
+        """(B, C, H, W) of any size -> the features of each request, from one pass that ends at the deepest block."""
+        fitted, padding = fit_to_patch(images, self.backbone.patch_size, self.patch_fit)
+        rows, columns = (side // self.backbone.patch_size for side in fitted.shape[-2:])
+        blocks = sorted({block for request in requests for block in request.blocks})
+        outputs = self.backbone.block_outputs(fitted, blocks)
+        wanted = {(block, request.norm) for request in requests for block in request.blocks}
+        maps: dict[tuple[int, bool], tuple[Tensor, Tensor]] = {}
+        for block, normed in sorted(wanted):  # a level that several heads share is normed and laid out once
+            tokens = self.backbone.norm(outputs[block]) if normed else outputs[block]
+            patches = tokens[:, 1 + self.backbone.num_registers :]
+            patch_map = patches.transpose(1, 2).unflatten(2, (rows, columns)).contiguous()
+            maps[block, normed] = (patch_map, tokens[:, 0])
+        size = (int(images.shape[-2]), int(images.shape[-1]))
+        return [
+            Features(
+                patch_maps=tuple(maps[block, request.norm][0] for block in request.blocks),
+                cls_tokens=tuple(maps[block, request.norm][1] for block in request.blocks),
+                image_size=size,
+                padding=padding,
+            )
+            for request in requests
+        ]
+
+    def at_image_size(self, output: Tensor, features: Features) -> Tensor:
+        """A head's map (B, K, h', w') at the size of the image that the features came from.
+
+        With `pad` the map of the padded image is resized straight to the unpadded size, as the original does; the
+        slight misalignment is part of the published numbers. `pad_exact` cuts the padding out first.
+        """
+        if self.patch_fit == "pad_exact":
+            padding, (height, width) = features.padding, features.image_size
+            padded = (height + padding.top + padding.bottom, width + padding.left + padding.right)
+            return unpad_map(output, padding, padded, features.image_size)
+        return resize(output, features.image_size)
+
+    def predict_all(self, images: Tensor, heads: Sequence[Head]) -> list[Tensor]:
+        """One map (B, K, H, W) at the images' own size for each head, from one backbone pass."""
+        features = self(images, [self.request(head) for head in heads])
+        return [self.at_image_size(head(seen), seen) for head, seen in zip(heads, features, strict=True)]
+
+
+def _leave_out_of_state_dict(module: nn.Module, state: Mapping[str, Any], prefix: str, _: Any) -> None:
+    for key in [key for key in state if key.startswith(prefix)]:
+        del state[key]  # type: ignore[attr-defined]
+
+
+def _stand_in_for_itself(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Before a state dict loads: put this module's own tensors where none were saved."""
+    for key, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        state.setdefault(prefix + key, tensor.data)
+
+
+class DenseModel(nn.Module):
+    """Frozen backbone + one head: what is trained, kept, loaded and used."""
+
+    def __init__(self, backbone: FrozenBackbone, head: Head) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) normalised -> the dense prediction (B, K, H, W) at the batch's own size."""
+        return self.backbone.predict_all(images, [self.head])[0]
+
+    def size_of(self) -> Size:
+        """Parameters of backbone and head."""
+        counts = [sum(p.numel() for p in part.parameters()) for part in (self.backbone, self.head)]
+        return counts[0], counts[1]

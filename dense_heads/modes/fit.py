@@ -1,0 +1,107 @@
+"""`mode=fit`: train a head, measure it, write the run folder."""
+
+import logging
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.core.hydra_config import HydraConfig
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig
+
+from dense_heads import build
+from dense_heads.models.artefact import save_artefact
+from dense_heads.modes.folder import run_folder
+from dense_heads.modes.outcome import Measured, write_outcome
+from dense_heads.report.html import write_report
+from dense_heads.report.tables import print_tables
+from dense_heads.training.base import DenseModule
+from dense_heads.training.checkpoints import load_best, newest_checkpoint
+from dense_heads.training.loggers import MetricsCsv, finish_loggers
+
+log = logging.getLogger("dense_heads")
+
+
+def main(cfg: DictConfig) -> float:
+    """Train, select, measure, write; returns the primary metric."""
+    started = time.monotonic()
+    parts = build.parts(cfg)  # every mistake that shows cheaply shows here, before a folder is made
+    folder = run_folder(cfg)
+    log.info("run folder %s", folder)
+    loggers = build.loggers(cfg, folder)
+    trainer = build.trainer(cfg, folder, parts, loggers)
+    checkpoint = _checkpoint_to_resume(cfg, folder, loggers[0])
+    training_started = time.monotonic()
+    trainer.fit(parts.module, parts.data, ckpt_path=checkpoint, weights_only=True)
+    seconds = {"train": time.monotonic() - training_started}
+    if cfg.task.protocol.select == "best":
+        trainer.strategy.barrier()
+        load_best(parts.module, folder / "checkpoints")
+        parts.module.results.pop("val", None)
+    stage = measure(trainer, parts)
+    baseline = _baseline(cfg)
+    seconds["total"] = time.monotonic() - started
+    score = parts.module.results[stage].scores[parts.module.leader()][parts.module.primary]
+    if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+        leader = parts.module.candidates[parts.module.leader()]
+        save_artefact(folder, leader.head, build.card(cfg, parts, leader))
+        measured = Measured(cfg, parts, stage, trainer.global_step, seconds, HydraConfig.get().runtime.choices, baseline)
+        finals = write_outcome(folder, measured)
+        write_report(folder)
+        finish_loggers(loggers, finals["metrics"])
+        print_tables(finals)
+        log.info("report %s", folder / "report.html")
+    return score
+
+
+def measure(trainer: Any, parts: build.Parts) -> str:
+    """Measure on the test split, or on validation where there is none; returns the stage's name.
+
+    A validation that has just run on these very weights is not run again.
+    """
+    if parts.data.test is not None:
+        trainer.test(parts.module, parts.data, verbose=False)
+        return "test"
+    last = parts.module.results.get("val")
+    if last is None or last.step != trainer.global_step:
+        trainer.validate(parts.module, parts.data, verbose=False)
+    return "val"
+
+
+def _checkpoint_to_resume(cfg: DictConfig, folder: Path, metrics_csv: Any) -> Path | None:
+    resume = cfg.resume
+    if resume is None and int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0:
+        resume = "auto"  # the cluster started this job again
+    if resume is None:
+        return None
+    checkpoints = folder / "checkpoints"
+    if resume == "auto" and not any(checkpoints.glob("step=*.ckpt")):
+        return None
+    path = newest_checkpoint(checkpoints)
+    step = int(path.stem.partition("=")[2])
+    log.info("going on from step %d of %s", step, folder)
+    if isinstance(metrics_csv, MetricsCsv):
+        metrics_csv.cut_back(step)
+    return path
+
+
+def _baseline(cfg: DictConfig) -> dict[str, Any] | None:
+    """The same head and protocol on another backbone (raw pixels), so that a score can be read."""
+    name = cfg.task.baseline
+    if name is None or name == cfg.backbone.name:
+        return None
+    log.info("for comparison: the same head on backbone=%s", name)
+    other = build.recomposed(cfg, [f"backbone={name}"])
+    parts = build.parts(other, check=False)
+    trainer = build.trainer(other, None, parts, [])
+    trainer.fit(parts.module, parts.data)
+    stage = measure(trainer, parts)
+    module: DenseModule = parts.module
+    scores = module.results[stage].scores[module.leader()]
+    assert not math.isnan(scores[module.primary])
+    del trainer
+    torch.cuda.empty_cache()
+    return {"name": build.BACKBONE_TITLES.get(name, name), "metrics": {f"{stage}/{k}": v for k, v in scores.items()}}

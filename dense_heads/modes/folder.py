@@ -1,0 +1,106 @@
+"""The run folder: made once, uniquely, by the first process; all others are told."""
+
+import os
+import time
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import DictConfig, OmegaConf
+
+from dense_heads.errors import UserError
+from dense_heads.recompose import keep_overrides, read_overrides
+
+_TOLD = "DENSE_HEADS_RUN_FOLDER"  # environment variable: rank 0's folder, for the ranks that it starts
+# A resumed run may differ from itself in these only; anything else would be another run.
+_FREE_ON_RESUME = ("trainer.max_steps", "trainer.devices", "trainer.strategy", "trainer.accelerator", "logger", "data.root")
+
+
+def time_stamp() -> str:
+    """Local time as a folder name that sorts."""
+    return time.strftime("%Y-%m-%d_%H-%M-%S")
+
+
+def make_unique(parent: Path, name: str) -> Path:
+    """A folder `parent/name` that did not exist before, `name-2` and so on where it did."""
+    parent.mkdir(parents=True, exist_ok=True)
+    for count in range(1, 1000):
+        folder = parent / (name if count == 1 else f"{name}-{count}")
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            continue
+        return folder.resolve()
+    raise UserError(f"{parent}: a thousand runs of the same second. Set run_dir=PATH.")
+
+
+def run_folder(cfg: DictConfig) -> Path:
+    """This run's folder, holding `config.yaml` and `overrides.yaml`; the same one in every process."""
+    if rank_zero_only.rank != 0 or os.environ.get("LOCAL_RANK", "0") != "0":  # type: ignore[attr-defined]
+        return _told_folder(cfg)
+    folder = _chosen_folder(cfg)
+    os.environ[_TOLD] = str(folder)
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
+    keep_overrides(folder, HydraConfig.get().overrides.task)
+    return folder
+
+
+def _told_folder(cfg: DictConfig) -> Path:
+    if _TOLD in os.environ:
+        return Path(os.environ[_TOLD])
+    return _named_folder(cfg)  # ranks that a cluster started: all derive the same name
+
+
+def _chosen_folder(cfg: DictConfig) -> Path:
+    if cfg.resume not in (None, "auto"):
+        folder = Path(cfg.resume).resolve()
+        _refuse_changes(folder)
+        return folder
+    hydra = HydraConfig.get()
+    if hydra.mode.name == "MULTIRUN":
+        folder = Path(hydra.sweep.dir, hydra.sweep.subdir)
+    elif cfg.run_dir is not None or cfg.resume == "auto" or _job_id():
+        folder = _named_folder(cfg)
+    else:
+        head = hydra.runtime.choices["head"]
+        return make_unique(Path(cfg.output_dir, cfg.task.name, f"{cfg.backbone.name}-{head}"), time_stamp())
+    folder.mkdir(parents=True, exist_ok=True)
+    if cfg.resume != "auto" and (folder / "metrics.csv").exists():
+        raise UserError(f"{folder} holds a run already. Go on with resume={folder}, or choose another run_dir.")
+    return folder.resolve()
+
+
+def _job_id() -> str | None:
+    return os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID")
+
+
+def _named_folder(cfg: DictConfig) -> Path:
+    """A folder that every process, and a restart of the same job, finds by itself."""
+    if cfg.run_dir is not None:
+        return Path(cfg.run_dir).resolve()
+    if job := _job_id():
+        head = HydraConfig.get().runtime.choices["head"]
+        return Path(cfg.output_dir, cfg.task.name, f"{cfg.backbone.name}-{head}", f"job-{job}").resolve()
+    raise UserError("resume=auto needs run_dir=PATH outside a cluster job (no SLURM_JOB_ID or TORCHELASTIC_RUN_ID).")
+
+
+def _refuse_changes(folder: Path) -> None:
+    """A resumed run must be the run that it was.
+
+    Raises:
+        UserError: names the overrides that differ.
+    """
+
+    def settings(overrides: list[str]) -> dict[str, str]:
+        pairs = (override.partition("=")[::2] for override in overrides)
+        return {key: value for key, value in pairs if not key.startswith(_FREE_ON_RESUME)}
+
+    kept = read_overrides(folder)
+    typed = [o for o in HydraConfig.get().overrides.task if not o.startswith(("resume=", "mode=", "debug=", "run_dir=", "output_dir="))]
+    before, now = settings(kept), settings(typed)
+    changed = [f"{key} (was {before.get(key, 'the default')}, now {value})" for key, value in now.items() if before.get(key) != value]
+    if changed:
+        raise UserError(
+            f"resume={folder}: a resumed run cannot change {', '.join(changed)}. "
+            "Only trainer.max_steps, devices, logger and paths may differ; start a new run for the rest."
+        )

@@ -1,0 +1,24 @@
+"""The one way maps and images are resized."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from dense_heads.structures import Size
+
+
+def resize(x: Tensor, size: Size) -> Tensor:
+    """Bilinear resize with half-pixel centres (`align_corners=False`) and no antialiasing.
+
+    This is what DINOv2's dense evaluations use everywhere: between feature levels, from the head's map to the image,
+    from the image to the label. Antialiasing or aligned corners would give another model.
+
+    Args:
+        x: (B, C, H, W), float32, float64, float16 or bfloat16.
+        size: (height, width) wanted.
+
+    Returns:
+        (B, C, *size); `x` itself where it has that size already.
+    """
+    if tuple(x.shape[-2:]) == tuple(size):
+        return x
+    return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False, antialias=False)

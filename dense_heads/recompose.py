@@ -1,0 +1,77 @@
+"""Runs are recomposed: a run keeps what was typed for it, and a later command is typed after that.
+
+`mode=evaluate model=RUN data.root=D` becomes the run's own overrides with `mode=... model=... data.root=...` behind them,
+so that Hydra itself composes the run's choices with the new ones on top (a later duplicate wins).
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+
+from dense_heads.errors import UserError
+
+OVERRIDES_FILE = "overrides.yaml"
+# Of one command, not of the run: never kept, or meaningless when the run is composed again.
+_PER_COMMAND = ("mode", "model", "resume", "input", "output", "output_ids", "output_dir", "run_dir", "launcher", "debug")
+
+
+def recompose(arguments: Sequence[str]) -> list[str]:
+    """The command line with the overrides of the run that `model=` or `resume=` names put in front.
+
+    Raises:
+        UserError: no such run, or its file of overrides is unreadable or tries to choose what code runs.
+    """
+    run = named_run(arguments)
+    return [*read_overrides(run), *arguments] if run else list(arguments)
+
+
+def named_run(arguments: Sequence[str]) -> Path | None:
+    """The run folder that the command line names with `model=` or `resume=`, if any."""
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if key in ("model", "resume") and value not in ("", "null", "auto"):
+            folder = Path(value.strip("'\""))
+            if not (folder / OVERRIDES_FILE).is_file():
+                raise UserError(
+                    f"{key}={value}: no run is there ({folder / OVERRIDES_FILE} does not exist). "
+                    "Name a folder that a run wrote, outputs/<task>/<backbone>-<head>/<time>."
+                )
+            return folder
+    return None
+
+
+def read_overrides(run: Path) -> list[str]:
+    """The overrides that a run folder keeps, checked: a folder from a stranger never decides what code runs."""
+    path = run / OVERRIDES_FILE
+    try:
+        overrides = yaml.safe_load(path.read_text(encoding="utf-8")) or []
+        if not isinstance(overrides, list) or not all(isinstance(item, str) for item in overrides):
+            raise ValueError("expected a list of `key=value` strings")
+        parsed = OverridesParser.create().parse_overrides(overrides)
+    except (OSError, ValueError, yaml.YAMLError, HydraException) as error:
+        raise UserError(f"{path} is not readable as a list of overrides: {error}. Was the run folder edited?") from error
+    for override in parsed:
+        key, text = override.key_or_group, override.input_line or ""
+        if key == "hydra" or key.startswith(("hydra.", "hydra/")) or "_target_" in text or "${" in text:
+            raise UserError(
+                f"{path} holds {text!r}: a run folder may not set Hydra's own keys, a `_target_` or an interpolation. "
+                "If you trust the folder, remove the line and type it on the command line."
+            )
+    return overrides
+
+
+def keep_overrides(run: Path, overrides: Sequence[str]) -> list[str]:
+    """Write what was typed for a run, less what belongs to one command only; paths are made absolute."""
+    kept = []
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key.lstrip("+~") in _PER_COMMAND:
+            continue
+        if key in ("data.root", "backbone.weights", "head.weights") and value and Path(value).exists():
+            override = f"{key}={Path(value).resolve()}"
+        kept.append(override)
+    (run / OVERRIDES_FILE).write_text(yaml.safe_dump(kept, allow_unicode=True), encoding="utf-8")
+    return kept

@@ -1,0 +1,176 @@
+"""What a person looks at while a head learns: pictures of its predictions, in the run folder and in loggers."""
+
+import hashlib
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
+from lightning.pytorch.trainer.states import TrainerFn
+from PIL import Image
+from torch import Tensor
+
+from dense_heads.data.images import read_image
+from dense_heads.errors import UserError
+from dense_heads.report.panel import Mask, colour_map, overlay, segmentation_panel
+from dense_heads.report.sheet import Pixels
+from dense_heads.structures import IMAGENET_MEAN, IMAGENET_STD, Batch
+
+__all__ = ["PictureCallback", "colour_map", "overlay", "segmentation_panel"]
+
+
+class PictureCallback(pl.Callback):
+    """Draws the first images of each validation and of the test, into the run folder and to loggers that take pictures.
+
+    Reads `outputs["prediction"]` of the step (a list of (H, W) int64 tensors, each at its label's own size) and the
+    batch. Files are `pictures/val/<image_id>.png` and `pictures/test/<image_id>.png`; a later validation replaces
+    them, so at the end they show the final state. Only rank 0 draws.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        class_names: Sequence[str],
+        palette: Sequence[Sequence[int]] | Pixels,
+        every: int = 1,
+        num: int = 4,
+    ) -> None:
+        """Keep what the pictures need.
+
+        Args:
+            folder: the run folder; `pictures/` is made in it.
+            class_names: K names.
+            palette: K colours, RGB 0-255.
+            every: draw at every so many validations, and always at the last one of the training.
+            num: images per validation or test; 0 draws none.
+
+        Raises:
+            UserError: `every` below 1, `num` below 0, or not one colour per class.
+        """
+        super().__init__()
+        self.palette = np.asarray(palette, dtype=np.uint8).reshape(-1, 3)
+        if every < 1 or num < 0:
+            raise UserError(f"Pictures: got every={every} and num={num}; expected every >= 1 and num >= 0 (0: none).")
+        if len(self.palette) != len(class_names):
+            raise UserError(
+                f"Pictures: got {len(self.palette)} colours for {len(class_names)} classes; expected one for each "
+                "(classes.txt: name, tab, R,G,B)."
+            )
+        self.folder = Path(folder) / "pictures"
+        self.class_names = list(class_names)
+        self.every, self.num = every, num
+        self._validations = 0
+        self._left = 0  # pictures still to draw in this pass over the data
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many validations there were, so that a resumed run draws at the same ones."""
+        return {"validations": self._validations}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave."""
+        self._validations = int(state_dict["validations"])
+
+    def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Decide whether this validation is drawn."""
+        self._left = 0
+        if trainer.sanity_checking:
+            return
+        if trainer.state.fn != TrainerFn.FITTING:  # mode=evaluate: always drawn, and no validation of the training
+            self._left = self.num
+            return
+        last = 0 < trainer.max_steps <= trainer.global_step
+        if self._validations % self.every == 0 or last:
+            self._left = self.num
+        self._validations += 1
+
+    def on_validation_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, *where: int
+    ) -> None:
+        """Draw."""
+        self._draw(trainer, outputs, batch, "val")
+
+    def on_test_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The test is always drawn."""
+        self._left = self.num
+
+    def on_test_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, *where: int
+    ) -> None:
+        """Draw."""
+        self._draw(trainer, outputs, batch, "test")
+
+    def _draw(self, trainer: pl.Trainer, outputs: Any, batch: Batch, split: str) -> None:
+        if not trainer.is_global_zero or not self._left:
+            return
+        predictions, masks = outputs["prediction"], batch.get("mask")
+        for index, tensor in enumerate(predictions[: self._left]):
+            prediction = _numpy(tensor)
+            label = None if masks is None else _numpy(masks[index])
+            image_id = batch["image_id"][index]
+            image = _restore(batch, index, prediction.shape)
+            panel = segmentation_panel(image, label, prediction, self.palette, self.class_names, title=image_id)
+            name = _file_name(image_id)
+            path = self.folder / split / f"{name}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            panel.save(path)
+            for logger in trainer.loggers:
+                if isinstance(logger, TensorBoardLogger):
+                    logger.experiment.add_image(
+                        f"{split}/{name}", np.asarray(panel), trainer.global_step, dataformats="HWC"
+                    )
+                elif isinstance(logger, WandbLogger):
+                    logger.log_image(f"{split}/pictures/{name}", [panel], step=trainer.global_step)
+        self._left -= min(self._left, len(predictions))
+
+
+def _numpy(mask: Tensor) -> Mask:
+    array: Mask = mask.detach().cpu().numpy()
+    return array
+
+
+def _restore(batch: Batch, index: int, shape: Sequence[int]) -> Pixels | None:
+    """The image as RGB at the prediction's (H, W): from its file, else from the normalised tensor, else None."""
+    try:
+        pixels = read_image(Path(batch["path"][index]))
+    except (KeyError, UserError):  # a picture is no reason to end a run: the file may be gone, the tensor is here
+        tensor = _tensor(batch, index)
+        if tensor is None:
+            return None
+        pixels = _unnormalise(tensor)
+    size = (shape[1], shape[0])
+    if pixels.shape[:2] != tuple(shape):
+        pixels = np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BILINEAR))
+    return pixels
+
+
+def _tensor(batch: Batch, index: int) -> Tensor | None:
+    """The image of a batch, the largest of its test scales; None where features stand in its place."""
+    if "image" in batch:
+        return batch["image"][index]
+    if "views" in batch:
+        return max(batch["views"][index], key=Tensor.numel)
+    return None
+
+
+def _unnormalise(image: Tensor) -> Pixels:
+    """(C, H, W) ImageNet-normalised -> RGB uint8; with other than 3 channels the first one, stretched, as grey."""
+    image = image.detach().float().cpu()
+    if len(image) == 3:
+        pixels = image * torch.tensor(IMAGENET_STD)[:, None, None] + torch.tensor(IMAGENET_MEAN)[:, None, None]
+    else:
+        low, high = image[:1].min(), image[:1].max()
+        pixels = ((image[:1] - low) / (high - low).clamp(min=1e-6) * 255).expand(3, -1, -1)
+    rounded: Pixels = pixels.round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
+    return rounded
+
+
+def _file_name(image_id: str) -> str:
+    """A name that stays inside its folder on every file system; different ids keep different names."""
+    name = re.sub(r"[^\w.-]+", "_", image_id, flags=re.ASCII).lstrip(".")[:100]
+    if name and name == image_id:
+        return name
+    return f"{name or 'image'}-{hashlib.sha256(image_id.encode('utf-8', 'surrogatepass')).hexdigest()[:8]}"

@@ -1,0 +1,267 @@
+"""Scores and per-class results as rows; one renderer for the terminal (rich), one for the report (HTML)."""
+
+import html
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from dense_heads.errors import UserError
+
+Summary = Mapping[str, Any]  # what `metrics.json` holds
+
+PERCENT = frozenset({"miou", "macc", "aacc", "dice", "iou", "acc", "map", "map_50", "map_75", "top1", "top5"})
+LABELS = {"miou": "mIoU", "macc": "mAcc", "aacc": "aAcc", "dice": "Dice", "map": "mAP", "lr": "learning rate"}
+GREY = (190, 194, 199)
+
+# What `metrics.json` must and may hold: key -> type, and whether the report needs it.
+_SCHEMA: dict[str, tuple[type | tuple[type, ...], bool]] = {
+    "task": (str, True),
+    "metrics": (dict, True),
+    "primary": (str, True),
+    "backbone": (dict, True),
+    "head": (dict, True),
+    "direction": (str, False),
+    "per_class": (list, False),
+    "protocol": (dict, False),
+    "published": (dict, False),
+    "baseline": (dict, False),
+    "notes": (list, False),
+    "seconds": (dict, False),
+    "versions": (dict, False),
+    "candidates": (list, False),
+}
+
+
+@dataclass(frozen=True)
+class ScoreRow:
+    """One metric of a run beside what it is held against; None where there is no such number."""
+
+    name: str  # as in metrics.json, `test/miou`
+    value: float | None
+    published: str | None  # as published, unit included
+    comparable: bool
+    baseline: float | None
+    primary: bool
+
+
+@dataclass(frozen=True)
+class ClassRow:
+    """One class's results; None where the class occurs nowhere."""
+
+    name: str
+    iou: float | None
+    acc: float | None
+    colour: tuple[int, int, int]
+
+
+def read_summary(path: Path) -> Summary:
+    """Read `metrics.json` and check what the report relies on.
+
+    Raises:
+        UserError: the file is missing, is no JSON object, or lacks a key or has one of another type.
+    """
+    fix = "Give the folder of a finished run, or run `mode=evaluate model=RUN` to measure again."
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"No {path.name} in {path.parent}: expected the folder of a finished run. {fix}") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} cannot be read as JSON: {error}. {fix}") from error
+    if not isinstance(summary, dict):
+        raise UserError(f"{path} holds a {type(summary).__name__}; expected a JSON object of results. {fix}")
+    for key, (kind, needed) in _SCHEMA.items():
+        value = summary.get(key)
+        if (value is None and needed) or (value is not None and not isinstance(value, kind)):
+            expected = kind.__name__ if isinstance(kind, type) else " or ".join(one.__name__ for one in kind)
+            raise UserError(f"{path}: `{key}` is {_short(value)}; expected a {expected}. {fix}")
+    baseline = (summary.get("baseline") or {}).get("metrics", {})
+    for name, value in (*summary["metrics"].items(), *(baseline.items() if isinstance(baseline, dict) else ())):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise UserError(f"{path}: the metric `{name}` is {_short(value)}; expected a number or null. {fix}")
+    if not all(isinstance(entry, dict) and "name" in entry for entry in summary.get("per_class") or ()):
+        raise UserError(f"{path}: `per_class` holds an entry without a name; expected name, iou, acc, colour. {fix}")
+    return summary
+
+
+def score_rows(summary: Summary) -> list[ScoreRow]:
+    """The run's metrics, the primary one first, beside the published number and the baseline."""
+    published = summary.get("published") or {}
+    baseline = (summary.get("baseline") or {}).get("metrics") or {}
+    primary = summary["primary"]
+    rows = []
+    for name in sorted(summary["metrics"], key=lambda one: one != primary):
+        is_primary = name == primary
+        rows.append(
+            ScoreRow(
+                name=name,
+                value=_number(summary["metrics"][name]),
+                published=published_text(published) if is_primary and published else None,
+                comparable=bool(published.get("comparable")),
+                baseline=_number(baseline.get(name)),
+                primary=is_primary,
+            )
+        )
+    return rows
+
+
+def class_rows(summary: Summary) -> list[ClassRow]:
+    """Per-class results, best IoU first, classes that occur nowhere last."""
+    rows = [
+        ClassRow(str(entry["name"]), _number(entry.get("iou")), _number(entry.get("acc")), _colour(entry.get("colour")))
+        for entry in summary.get("per_class") or ()
+    ]
+    return sorted(rows, key=lambda row: (row.iou is None, -(row.iou or 0.0)))
+
+
+def print_tables(summary: Summary, console: Console | None = None, max_classes: int = 30) -> None:
+    """Print the scores and the per-class IoU to the terminal; of many classes the best and the worst."""
+    console = console or Console()
+    console.print(_rich_scores(summary))
+    if summary.get("per_class"):
+        console.print(_rich_classes(class_rows(summary), max_classes))
+
+
+def _rich_scores(summary: Summary) -> Table:
+    rows = score_rows(summary)
+    table = Table(title=Text(f"{plain(summary['task'])}: scores"), title_justify="left")
+    table.add_column("metric")
+    table.add_column("this run", justify="right")
+    shown = [row.published for row in rows if row.published]
+    with_baseline = any(row.baseline is not None for row in rows)
+    if with_baseline:
+        table.add_column(Text(_baseline_name(summary)), justify="right")
+    if shown:
+        table.add_column("published", justify="right")
+    for row in rows:
+        cells = [Text(metric_label(plain(row.name))), Text(format_metric(row.name, row.value))]
+        if with_baseline:
+            cells.append(Text(format_metric(row.name, row.baseline)))
+        if shown:
+            remark = "" if row.comparable or not row.published else " (not comparable)"
+            cells.append(Text(plain(row.published or "") + remark))
+        table.add_row(*cells, style="bold" if row.primary else "")
+    return table
+
+
+def _rich_classes(rows: Sequence[ClassRow], most: int) -> Table:
+    table = Table(title=Text("IoU by class"), title_justify="left")
+    for name, justify in (("class", "left"), ("IoU", "right"), ("", "left"), ("acc", "right")):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    cut = len(rows) > most
+    half = most // 2
+    for number, row in enumerate(rows):
+        if cut and half <= number < len(rows) - half:
+            if number == half:
+                table.add_row(Text(f"… {len(rows) - 2 * half} more"), "", "", "", style="dim")
+            continue
+        label = Text("■ ", style="#{:02x}{:02x}{:02x}".format(*row.colour)).append(plain(row.name), style="default")
+        bar = Text("━" * round(20 * (row.iou or 0.0)), style="cyan")
+        table.add_row(label, Text(format_metric("iou", row.iou)), bar, Text(format_metric("acc", row.acc)))
+    return table
+
+
+def html_scores(summary: Summary) -> str:
+    """The scores as an HTML table; every text in it is escaped."""
+    rows = score_rows(summary)
+    with_published = any(row.published for row in rows)
+    with_baseline = any(row.baseline is not None for row in rows)
+    head = ["<th>metric</th>", '<th class="n">this run</th>']
+    if with_baseline:
+        head.append(f'<th class="n">{escape(_baseline_name(summary))}</th>')
+    if with_published:
+        head.append('<th class="n">published</th>')
+    body = []
+    for row in rows:
+        cells = [
+            f"<td>{escape(metric_label(row.name))}</td>",
+            f'<td class="n">{format_metric(row.name, row.value)}</td>',
+        ]
+        if with_baseline:
+            cells.append(f'<td class="n">{format_metric(row.name, row.baseline)}</td>')
+        if with_published:
+            remark = "" if row.comparable or not row.published else '<span class="faint"> not comparable</span>'
+            cells.append(f'<td class="n">{escape(row.published or "")}{remark}</td>')
+        body.append(f"<tr{' class=primary' if row.primary else ''}>{''.join(cells)}</tr>")
+    return f"<table><thead><tr>{''.join(head)}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+
+
+def html_classes(summary: Summary) -> str:
+    """Per-class results with colour chips and bars; long lists in two columns; every text in it is escaped."""
+    rows = class_rows(summary)
+    halves = [rows] if len(rows) <= 24 else [rows[: (len(rows) + 1) // 2], rows[(len(rows) + 1) // 2 :]]
+    head = '<tr><th>class</th><th class="n">IoU</th><th></th><th class="n">acc</th></tr>'
+    tables = []
+    for half in halves:
+        body = "".join(
+            f'<tr><td><span class="chip" style="background:rgb{row.colour}"></span>{escape(row.name)}</td>'
+            f'<td class="n">{format_metric("iou", row.iou)}</td>'
+            f'<td class="bar"><i style="width:{100 * min(max(row.iou or 0.0, 0.0), 1.0):.1f}%"></i></td>'
+            f'<td class="n faint">{format_metric("acc", row.acc)}</td></tr>'
+            for row in half
+        )
+        tables.append(f'<table class="classes"><thead>{head}</thead><tbody>{body}</tbody></table>')
+    return f'<div class="halves">{"".join(tables)}</div>'
+
+
+def format_metric(name: str, value: float | None) -> str:
+    """A value as people read it: ratios in per cent, `_m` in metres, a dash where there is none."""
+    if value is None or not math.isfinite(value):
+        return "–"  # noqa: RUF001
+    last = name.rsplit("/", 1)[-1]
+    if last in PERCENT:
+        return f"{100 * value:.1f} %"
+    return f"{value:.3f} m" if last.endswith("_m") else f"{value:.4g}"
+
+
+def published_text(published: Mapping[str, Any]) -> str:
+    """The published number with its unit, as its source prints it."""
+    return f"{published.get('value')} {published.get('unit') or ''}".strip()
+
+
+def metric_label(name: str) -> str:
+    """`test/miou` -> `mIoU, test`; names without a house label stay as they are."""
+    prefix, _, last = name.rpartition("/")
+    label = LABELS.get(last, last)
+    return f"{label}, {prefix}" if prefix else label
+
+
+def plain(text: object) -> str:
+    """Text on one line without control characters: a class name must not steer a terminal."""
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in str(text))
+
+
+def escape(text: object) -> str:
+    """Text for HTML: control characters replaced, markup escaped."""
+    return html.escape(plain(text))
+
+
+def _baseline_name(summary: Summary) -> str:
+    return plain((summary.get("baseline") or {}).get("name") or "baseline")
+
+
+def _number(value: object) -> float | None:
+    """A finite number, else None: nan is null in JSON, and NaN in what Python writes by default."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:  # an integer beyond any float
+        return None
+
+
+def _colour(value: object) -> tuple[int, int, int]:
+    """Three channels 0-255, grey where the class has none."""
+    if isinstance(value, list) and len(value) == 3 and all(isinstance(one, int) and 0 <= one <= 255 for one in value):
+        return (int(value[0]), int(value[1]), int(value[2]))
+    return GREY
+
+
+def _short(value: object) -> str:
+    return "missing" if value is None else repr(value)[:80]

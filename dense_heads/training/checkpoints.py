@@ -1,0 +1,149 @@
+"""Checkpoints that a kill cannot spoil: written aside and renamed, tensors and plain values only."""
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.callbacks import Checkpoint
+from safetensors.torch import load_file, save
+
+from dense_heads.errors import UserError
+from dense_heads.training.base import DenseModule
+
+BEST_FILE = "best.safetensors"
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Replace `path` by `content` as a whole: a temporary file in the same folder, fsync, rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Lightning's checkpoints, written atomically and read with `weights_only=True`."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+        """Write beside the target, then rename."""
+        path = Path(path)
+        temporary = path.with_name(f".{path.name}-{os.getpid()}")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with temporary.open("wb") as file:
+                torch.save(checkpoint, file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Tensors and plain values only, whatever the caller asks."""
+        return load_checkpoint(Path(path))
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read one checkpoint on the CPU.
+
+    Raises:
+        UserError: it is truncated, or holds anything but tensors and plain values.
+    """
+    try:
+        loaded: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # zip, pickle, end of file: torch raises whatever it meets
+        raise UserError(f"{path} cannot be read as a checkpoint ({type(error).__name__}: {str(error)[:120]}).") from error
+    return loaded
+
+
+def newest_checkpoint(folder: Path) -> Path:
+    """The newest checkpoint of a run that reads whole.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = sorted(folder.glob("step=*.ckpt"), reverse=True)
+    for path in found:
+        try:
+            load_checkpoint(path)
+        except UserError:
+            continue
+        return path
+    state = f"{len(found)} file(s), none of them whole" if found else "none"
+    raise UserError(f"No checkpoint to go on from in {folder}: {state}. Start the run again without `resume`.")
+
+
+def load_best(module: DenseModule, folder: Path) -> None:
+    """Put a run's best heads back into its module; without a validation there is no best, and they stay as they are."""
+    path = folder / BEST_FILE
+    if path.is_file():
+        module.heads.load_state_dict(load_file(path))
+
+
+class Checkpoints(Checkpoint):
+    """Writes `step=N.ckpt` at a step interval and after each validation, and keeps the best heads apart.
+
+    The newest `keep` checkpoints stay. `best.safetensors` holds the heads of the step whose validation was best.
+    """
+
+    def __init__(self, folder: str | Path, every: int = 200, keep: int = 2) -> None:
+        """`folder`: the run's `checkpoints/`; `every`: steps."""
+        self.folder, self.every, self.keep = Path(folder), every, keep
+        self.best: float | None = None
+        self.saved_at = -1
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        """At the step interval."""
+        if trainer.global_step % self.every == 0:
+            self.save(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """After a validation within training: the best heads first, so that the checkpoint knows of them."""
+        assert isinstance(pl_module, DenseModule)
+        if not trainer.state.fn == "fit" or trainer.sanity_checking:
+            return
+        result = pl_module.results["val"]
+        score = result.scores[pl_module.leader()][pl_module.primary]
+        better = self.best is None or (score > self.best if pl_module.direction == "max" else score < self.best)
+        if better and score == score:
+            self.best = score
+            if trainer.is_global_zero:
+                heads = {key: value.contiguous().cpu() for key, value in pl_module.heads.state_dict().items()}
+                facts = {"step": str(result.step), pl_module.primary: repr(score), "candidate": str(pl_module.leader())}
+                write_atomically(self.folder / BEST_FILE, save(heads, metadata=facts))
+        self.save(trainer)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The last step, whatever the interval."""
+        self.save(trainer)
+
+    def save(self, trainer: pl.Trainer) -> None:
+        """Write a checkpoint of this step, then drop what is too old."""
+        if self.saved_at == trainer.global_step:
+            return
+        self.saved_at = trainer.global_step
+        trainer.save_checkpoint(self.folder / f"step={trainer.global_step:08d}.ckpt")
+        if trainer.is_global_zero:
+            for old in sorted(self.folder.glob("step=*.ckpt"))[: -self.keep]:
+                old.unlink(missing_ok=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The best score so far."""
+        return {"best": self.best}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore it."""
+        self.best = state_dict["best"]

@@ -1,0 +1,32 @@
+"""Progress a person can follow: a bar over the steps, and one line for each validation."""
+
+import logging
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import RichProgressBar
+
+from dense_heads.training.base import DenseModule
+
+log = logging.getLogger("dense_heads")
+
+
+class Progress(RichProgressBar):
+    """Rich bars on a terminal; the validation lines also go where there is none (a log file, SLURM)."""
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say what was measured."""
+        super().on_validation_end(trainer, pl_module)
+        if isinstance(pl_module, DenseModule) and "val" in pl_module.results and trainer.state.fn == "fit":
+            leader = pl_module.leader()
+            scores = pl_module.results["val"].scores[leader]
+            text = "  ".join(f"val/{name} {value:.4f}" for name, value in scores.items())
+            best = f"  ({pl_module.candidates[leader].name})" if len(pl_module.candidates) > 1 else ""
+            log.info("step %d/%d  %s%s", trainer.global_step, trainer.max_steps, text, best)
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return "train"  # by steps; Lightning would count epochs
+
+    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
+        """Without Lightning's version number, which says nothing here."""
+        return {name: value for name, value in super().get_metrics(trainer, pl_module).items() if name != "v_num"}

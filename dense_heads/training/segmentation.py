@@ -1,0 +1,56 @@
+"""Semantic segmentation: cross-entropy at label resolution in training, one confusion matrix over the data set after."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dense_heads.metrics.segmentation import ConfusionMatrix, per_class, scores
+from dense_heads.models.inference import Inference
+from dense_heads.models.segmentor import label_maps
+from dense_heads.structures import Batch, Features
+from dense_heads.training.base import Candidate, DenseModule
+
+
+class SegmentationModule(DenseModule):
+    """Trains and measures segmentation heads on a frozen backbone."""
+
+    def __init__(
+        self, *args: Any, num_classes: int, inference: Inference, class_names: Sequence[str], **kwargs: Any
+    ) -> None:
+        """`inference`: windows and flips of validation and test; the rest is DenseModule's."""
+        super().__init__(*args, **kwargs)
+        self.inference = inference
+        self.class_names = list(class_names)
+        self.confusion = nn.ModuleList(ConfusionMatrix(num_classes) for _ in self.candidates)
+
+    def loss(self, candidate: Candidate, output: Tensor, features: Features, batch: Batch) -> Tensor:
+        """The candidate's loss on logits brought to label resolution."""
+        mask = batch["mask"]
+        assert isinstance(mask, Tensor)
+        loss: Tensor = candidate.loss(self.backbone.at_image_size(output.float(), features), mask)
+        return loss
+
+    def predict(self, batch: Batch) -> list[list[Tensor]]:
+        """Label maps (H, W) int64, each at its label's own size."""
+        views = batch.get("views") or [[image] for image in batch["image"]]
+        sizes = [(int(mask.shape[-2]), int(mask.shape[-1])) for mask in batch["mask"]]
+        heads = [candidate.head for candidate in self.candidates]
+        return label_maps(self.backbone, heads, views, sizes, self.inference)
+
+    def reset_metrics(self) -> None:
+        """Empty confusion matrices."""
+        for confusion in self.confusion:
+            confusion.reset()  # type: ignore[operator]
+
+    def count(self, predictions: list[list[Tensor]], batch: Batch) -> None:
+        """Add to each candidate's confusion matrix."""
+        for confusion, maps in zip(self.confusion, predictions, strict=True):
+            for prediction, mask in zip(maps, batch["mask"], strict=True):
+                confusion.update(prediction, mask)  # type: ignore[operator]
+
+    def measure(self) -> tuple[list[dict[str, float]], list[list[dict[str, Any]]]]:
+        """mIoU, mAcc, aAcc, mean Dice and the per-class table of each candidate."""
+        matrices: list[Tensor] = [confusion.compute() for confusion in self.confusion]  # type: ignore[operator]
+        return [scores(matrix) for matrix in matrices], [per_class(matrix, self.class_names) for matrix in matrices]
