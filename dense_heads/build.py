@@ -74,9 +74,7 @@ def parts(cfg: DictConfig, check: bool = True, heads: Sequence[Head] | None = No
     reader = _reader(cfg)
     samples = {split: reader.samples(split) for split in ("train", "val", "test")}
     colours = classes.colours if classes.own_colours else None
-    rules = OmegaConf.to_container(cfg.task.data.labels, resolve=True)
-    assert isinstance(rules, dict)
-    labels = LabelRule(cfg.task.num_classes, colours=colours, **rules)  # type: ignore[misc]
+    labels = LabelRule(cfg.task.num_classes, colours=colours, **plain(cfg.task.data.labels))
     labels.prepare([sample.mask for sample in (samples["train"] or samples["val"]) if sample.mask is not None])
     if check:
         check_segmentation(samples, labels)
@@ -175,7 +173,7 @@ def candidates(cfg: DictConfig, frozen: FrozenBackbone) -> list[Candidate]:
 def _candidate(cfg: DictConfig, frozen: FrozenBackbone, head_cfg: DictConfig, settings: dict[str, Any]) -> Candidate:
     name = " ".join(f"{key}={value}" for key, value in settings.items()) or HydraConfig.get().runtime.choices["head"]
     weights = head_cfg.get("weights")
-    partial: functools.partial[Head] = instantiate(OmegaConf.masked_copy(head_cfg, [k for k in head_cfg if k != "weights"]))
+    partial: functools.partial[Head] = instantiate(OmegaConf.masked_copy(head_cfg, [str(k) for k in head_cfg if k != "weights"]))
     blocks = resolve_blocks(frozen.backbone.name, partial.keywords.get("blocks", "last"))
     with forked_rng(stable_seed(cfg.seed, name, "init")):  # a function of seed and name alone: the same in any grid
         head = partial([frozen.backbone.embed_dim] * len(blocks), cfg.task.num_classes)

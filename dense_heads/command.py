@@ -128,7 +128,7 @@ def _translated(error: BaseException | None) -> UserError | None:
             group = found[1].split("@")[0].split("/")[-1]
             return unknown_name(group, found[2], options(group))
         if isinstance(error, OmegaConfBaseException) and (found := re.search(r"Key '([^']+)' is not in struct", text)):
-            known = list(error.parent_node or {})  # type: ignore[call-overload]
+            known = list(error.parent_node or {})
             where = (error.full_key or "").rpartition(".")[0] or "the config"
             return unknown_name(f"key in {where}:", found[1], [str(key) for key in known])
         if found := re.search(r"Missing mandatory value: ([\w.]+)", text):

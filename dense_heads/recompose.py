@@ -15,7 +15,7 @@ from dense_heads.errors import UserError
 
 OVERRIDES_FILE = "overrides.yaml"
 # Of one command, not of the run: never kept, or meaningless when the run is composed again.
-_PER_COMMAND = ("mode", "model", "resume", "input", "output", "output_ids", "output_dir", "run_dir", "launcher", "debug")
+_PER_COMMAND = ("mode", "model", "resume", "input", "output", "output_ids", "output_dir", "run_dir", "launcher")
 
 
 def recompose(arguments: Sequence[str]) -> list[str]:
@@ -68,7 +68,7 @@ def keep_overrides(run: Path, overrides: Sequence[str]) -> list[str]:
     kept = []
     for override in overrides:
         key, _, value = override.partition("=")
-        if key.lstrip("+~") in _PER_COMMAND:
+        if key.lstrip("+~") in _PER_COMMAND or override == "debug=traceback":
             continue
         if key in ("data.root", "backbone.weights", "head.weights") and value and Path(value).exists():
             override = f"{key}={Path(value).resolve()}"

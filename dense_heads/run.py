@@ -7,6 +7,7 @@ import sys
 import warnings
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
@@ -58,7 +59,7 @@ def _refuse_unused_data_keys(cfg: DictConfig) -> None:
 def _refuse_ranks_inside_a_sweep(cfg: DictConfig) -> None:
     devices = OmegaConf.select(cfg, "trainer.devices")
     started = any(name in os.environ for name in ("TORCHELASTIC_RUN_ID", "SLURM_NTASKS", "LOCAL_RANK"))
-    if HydraConfig.get().mode.name == "MULTIRUN" and isinstance(devices, int) and devices > 1 and not started:
+    if HydraConfig.get().mode == RunMode.MULTIRUN and isinstance(devices, int) and devices > 1 and not started:
         raise UserError(
             f"trainer.devices={devices} with -m: a job of a sweep cannot start processes of its own. "
             "Use one device for each job, or a launcher that starts the ranks (torchrun, SLURM)."

@@ -59,18 +59,17 @@ def make_voc(root, train=4, val=2, aug=3):
     for name, num, masks in parts:
         if not num:
             continue
-        ids = []
-        for seed in range(seed, seed + num):
-            ids.append(f"2007_{seed:06d}")
-            image, mask = fake_pair(seed, num_classes=21)
+        ids = [f"2007_{seed + i:06d}" for i in range(num)]
+        for i, name_of_image in enumerate(ids):
+            image, mask = fake_pair(seed + i, num_classes=21)
             mask[:2] = 255
-            save(folder / "JPEGImages" / f"{ids[-1]}.jpg", image)
+            save(folder / "JPEGImages" / f"{name_of_image}.jpg", image)
             palette = Image.fromarray(mask, mode="P")
             palette.putpalette(np.random.default_rng(0).integers(0, 256, 768).tolist())
             (folder / masks).mkdir(exist_ok=True)
-            palette.save(folder / masks / f"{ids[-1]}.png")
+            palette.save(folder / masks / f"{name_of_image}.png")
         (lists / f"{name}.txt").write_text("\n".join(ids) + "\n")
-        seed += 1
+        seed += num
     return root / "VOCdevkit"
 
 

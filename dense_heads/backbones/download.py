@@ -4,6 +4,7 @@ import hashlib
 import http.client
 import json
 import os
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from dense_heads.errors import UserError
 
 ATTEMPTS = 5  # a cut connection goes on where it stopped this often before we give up
 TIMEOUT_S = 30
+PAUSE_S = 1.0  # before the second attempt; longer before each later one
 CHUNK = 1 << 20
 
 
@@ -60,6 +62,7 @@ def _download(url: str, target: Path) -> None:
     with Progress(TextColumn("{task.description}"), *columns, console=Console(stderr=True)) as progress:
         task = progress.add_task(target.name, total=None)
         for attempt in range(1, ATTEMPTS + 1):
+            time.sleep(PAUSE_S * (attempt - 1))
             try:
                 if _receive(url, part, lambda done, total: progress.update(task, completed=done, total=total)):
                     break

@@ -14,10 +14,12 @@ Sources: transformers models/dinov2 and models/dinov2_with_registers, timm model
 import re
 import warnings
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from dense_heads.backbones.vit import VisionTransformer
 from dense_heads.errors import UserError, unknown_name
 
 State = dict[str, Tensor]
@@ -74,6 +76,34 @@ def convert(state: Mapping[str, object], to: str = "official") -> State:
     return _to_timm(official) if to == "timm" else official
 
 
+def huggingface_config(backbone: VisionTransformer) -> dict[str, Any]:
+    """What transformers' `Dinov2Config` or `Dinov2WithRegistersConfig` says of this backbone.
+
+    Without registers transformers resizes positions in a way of its own: equal at the stored grid (518 x 518) only.
+    """
+    registers = backbone.num_registers > 0
+    config: dict[str, Any] = {
+        "architectures": ["Dinov2WithRegistersModel" if registers else "Dinov2Model"],
+        "model_type": "dinov2_with_registers" if registers else "dinov2",
+        "hidden_size": backbone.embed_dim,
+        "num_hidden_layers": backbone.num_blocks,
+        "num_attention_heads": backbone.num_heads,
+        "num_channels": backbone.in_channels,
+        "patch_size": backbone.patch_size,
+        "image_size": backbone.patch_size * backbone.grid_size,
+        "use_swiglu_ffn": backbone.ffn == "swiglu",
+        "mlp_ratio": 4,
+        "hidden_act": "gelu",
+        "qkv_bias": True,
+        "layer_norm_eps": 1e-6,
+        "layerscale_value": 1.0,
+        "drop_path_rate": 0.0,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+    }
+    return config | {"num_register_tokens": backbone.num_registers} if registers else config
+
+
 def detect(state: Mapping[str, object]) -> str:
     """Which format an unwrapped state dict is in, by its keys.
 
@@ -110,6 +140,9 @@ def _unwrap(state: Mapping[str, object]) -> State:
             raise UserError(f"Got {type(value).__name__} under {key!r}; expected a dense tensor. Is it a checkpoint?")
         if not value.is_floating_point():
             raise UserError(f"Got {value.dtype} under {key!r}; expected floating-point weights.")
+        if value.untyped_storage().nbytes() < value.numel() * value.element_size():
+            # A few bytes can claim any shape; what follows would reserve memory for it.
+            raise UserError(f"Got a tensor of {tuple(value.shape)} under {key!r} with fewer numbers than that.")
         if key in tensors:
             raise UserError(f"Got {key!r} twice, under different prefixes; expected the weights of one backbone.")
         tensors[key] = value.detach()

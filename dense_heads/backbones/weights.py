@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from dense_heads.backbones.base import Backbone
 from dense_heads.backbones.download import fetch
-from dense_heads.backbones.formats import FORMATS, State, convert
+from dense_heads.backbones.formats import FORMATS, State, convert, huggingface_config
 from dense_heads.backbones.pixels import Pixels
 from dense_heads.backbones.vit import VisionTransformer
 from dense_heads.backbones.zoo import BACKBONES, BackboneSpec, get_spec
@@ -117,34 +117,6 @@ def save_backbone(backbone: Backbone, path: str | Path, format: str = "own") -> 
     return file
 
 
-def huggingface_config(backbone: VisionTransformer) -> dict[str, Any]:
-    """What transformers' `Dinov2Config` or `Dinov2WithRegistersConfig` says of this backbone.
-
-    Without registers transformers resizes positions in a way of its own: equal at the stored grid (518 x 518) only.
-    """
-    registers = backbone.num_registers > 0
-    config: dict[str, Any] = {
-        "architectures": ["Dinov2WithRegistersModel" if registers else "Dinov2Model"],
-        "model_type": "dinov2_with_registers" if registers else "dinov2",
-        "hidden_size": backbone.embed_dim,
-        "num_hidden_layers": backbone.num_blocks,
-        "num_attention_heads": backbone.num_heads,
-        "num_channels": backbone.in_channels,
-        "patch_size": backbone.patch_size,
-        "image_size": backbone.patch_size * backbone.grid_size,
-        "use_swiglu_ffn": backbone.ffn == "swiglu",
-        "mlp_ratio": 4,
-        "hidden_act": "gelu",
-        "qkv_bias": True,
-        "layer_norm_eps": 1e-6,
-        "layerscale_value": 1.0,
-        "drop_path_rate": 0.0,
-        "hidden_dropout_prob": 0.0,
-        "attention_probs_dropout_prob": 0.0,
-    }
-    return config | {"num_register_tokens": backbone.num_registers} if registers else config
-
-
 def find_weights_file(path: str | Path) -> Path:
     """`path`, or the weights file in it if it is a folder.
 
@@ -190,6 +162,8 @@ def _build(
 
 def _locate(spec: BackboneSpec, weights: str | Path) -> Path:
     """Where the weights are on this machine, after a download if need be."""
+    if not isinstance(weights, str | Path):
+        raise UserError(f"Got weights {weights!r}; expected {_SOURCES}.")
     if weights == "official":
         if spec.official:
             return fetch(spec.official_url, spec.official_file)
@@ -244,8 +218,11 @@ def _check_hf_config(path: Path, spec: BackboneSpec) -> None:
 
 def _read(path: Path) -> Mapping[str, object]:
     """The content of a file, told by its first bytes and not by its name. Never runs code."""
-    with path.open("rb") as file:
-        start = file.read(9)
+    try:
+        with path.open("rb") as file:
+            start = file.read(9)
+    except OSError as error:
+        raise UserError(f"cannot be read ({error.strerror}).") from error
     if len(start) < 9:
         raise UserError(f"the file has {len(start)} bytes. It was cut short; copy or download it again.")
     try:
@@ -281,9 +258,10 @@ def _grid_size(state: State, path: Path) -> int:
 def _check_state(state: State, expected: State, spec: BackboneSpec, path: Path) -> None:
     """Strict: the same keys, the same shapes, finite numbers."""
     problems = []
-    for title, keys in (("missing", expected.keys() - state.keys()), ("unexpected", state.keys() - expected.keys())):
+    for title, these, others in (("missing", expected, state), ("unexpected", state, expected)):
+        keys = [key for key in these if key not in others]
         if keys:
-            problems.append(f"{title}: {_list(sorted(keys))}")
+            problems.append(f"{title}: {_list(keys)}")
     shapes = [
         f"{key} {tuple(state[key].shape)} instead of {tuple(expected[key].shape)}"
         for key in expected

@@ -8,7 +8,7 @@ import numpy as np
 
 from dense_heads.data.datasets.base import Sample, shorten
 from dense_heads.data.images import image_size
-from dense_heads.data.labels import LabelRule
+from dense_heads.data.labels import LabelRule, distinct
 from dense_heads.data.segmentation import size_mismatch
 from dense_heads.errors import UserError
 from dense_heads.structures import IGNORE_INDEX
@@ -100,7 +100,7 @@ def _mask_problems(split: str, samples: Sequence[Sample], labels: LabelRule, max
             if i >= len(first) and (len(classes) > 1 or wrong):
                 break
             try:
-                classes |= set(np.unique(labels.read(mask)).tolist()) - {IGNORE_INDEX}
+                classes |= set(distinct(labels.read(mask)).tolist()) - {IGNORE_INDEX}
             except UserError as error:
                 wrong = True
                 yield str(error)

@@ -9,8 +9,8 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
 from dense_heads.data.sampler import EvalSampler, StepBatchSampler
-from dense_heads.data.seeds import stable_seed
 from dense_heads.errors import UserError
+from dense_heads.ops.seeding import stable_seed
 
 Collate = Callable[[list[Any]], Any]
 

@@ -90,7 +90,7 @@ class LabelRule:
                 self._decide_colours(masks[i])
                 return
             stored_as_rgb |= raw.ndim == 3
-            values |= {int(v) for v in np.unique(raw[..., 0] if raw.ndim == 3 else raw) if np.isfinite(v)}
+            values |= {int(v) for v in distinct(raw[..., 0] if raw.ndim == 3 else raw) if np.isfinite(v)}
         if stored_as_rgb and self.colours is not None and max(values) >= self.num_classes:
             greys = {int(c[0]) for c in self.colours if c[0] == c[1] == c[2]}
             greys |= {c[0] for c in self.ignore_colours if c[0] == c[1] == c[2]}
@@ -245,6 +245,13 @@ class LabelRule:
     def _notice(self, text: str) -> None:
         self.notices.append(text)
         log.info(text)
+
+
+def distinct(values: Array) -> Array:
+    """The different values, sorted; for labels many times quicker than `np.unique`, which sorts all pixels."""
+    if np.issubdtype(values.dtype, np.integer) and 0 <= values.min() and values.max() <= _LARGEST:
+        return np.flatnonzero(np.bincount(values.ravel()))
+    return np.unique(values)
 
 
 def _read_raw(path: Path, num_classes: int) -> Array:

@@ -6,8 +6,8 @@ import numpy as np
 import numpy.typing as npt
 from torch.utils.data import Sampler
 
-from dense_heads.data.seeds import stable_seed
 from dense_heads.errors import UserError
+from dense_heads.ops.seeding import stable_seed
 
 
 class StepBatchSampler(Sampler[list[tuple[int, int]]]):

@@ -10,9 +10,9 @@ from torch.utils.data import Dataset
 from dense_heads.data.datasets.base import Sample
 from dense_heads.data.images import open_image, orientation, read_image
 from dense_heads.data.labels import LabelRule
-from dense_heads.data.seeds import stable_seed
 from dense_heads.data.transforms import EvalTransform, TrainPipeline
 from dense_heads.errors import UserError
+from dense_heads.ops.seeding import stable_seed
 from dense_heads.structures import Batch, Size
 
 Key = tuple[int, int] | int

@@ -15,8 +15,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from dense_heads.data.seeds import stable_seed
 from dense_heads.errors import UserError
+from dense_heads.ops.seeding import stable_seed
 from dense_heads.structures import IGNORE_INDEX, IMAGENET_MEAN, IMAGENET_STD, Size
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # importing it must not ask the network for its version
@@ -130,9 +130,9 @@ class RandomCrop(A.DualTransform):  # type: ignore[misc]
         return top, left
 
     def _is_mixed(self, mask: Array) -> bool:
-        labels, counts = np.unique(mask, return_counts=True)
-        counts = counts[labels != IGNORE_INDEX]
-        return len(counts) > 1 and counts.max() / counts.sum() < self.cat_max_ratio
+        counts = np.bincount(mask.ravel(), minlength=IGNORE_INDEX + 1)
+        counts[IGNORE_INDEX] = 0
+        return bool((counts > 0).sum() > 1 and counts.max() / counts.sum() < self.cat_max_ratio)
 
 
 class PhotoMetricDistortion(A.ImageOnlyTransform):  # type: ignore[misc]
@@ -243,8 +243,8 @@ class TrainPipeline:
     """Augmentation of one training sample: the given steps in order, then normalise, pad to `size`, make tensors.
 
     `set_random_seed` fixes every random choice of the next call. Each step gets its own stream, by its name:
-    albumentations' `Compose.set_random_seed` would give all steps the same numbers, so that scale, crop and flip would
-    move together; and taking a step out leaves what the others draw unchanged.
+    albumentations' `Compose.set_random_seed` would give all steps the same numbers (two flips would always agree); and
+    taking a step out leaves what the others draw unchanged.
 
     Args:
         steps: albumentations transforms or compositions by name, in order; None leaves one out.

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from dense_heads.errors import UserError
 from dense_heads.heads.base import Head
+from dense_heads.ops.batch_norm import BatchNorm2d
 from dense_heads.ops.resize import resize
 from dense_heads.structures import Features
 
@@ -44,8 +45,7 @@ class LinearHead(Head):
         if not init_std >= 0:
             raise UserError(f"head.init_std={init_std!r}: expected a number, 0 or above (officially 0.01).")
         channels = sum(self.in_channels)
-        # Not SyncBatchNorm, which fails without a process group: Lightning converts this one (sync_batchnorm).
-        self.bn = nn.BatchNorm2d(channels)
+        self.bn = BatchNorm2d(channels)
         self.dropout = nn.Dropout2d(dropout)
         self.conv_seg = nn.Conv2d(channels, num_outputs, kernel_size=1)
         nn.init.normal_(self.conv_seg.weight, std=init_std)

@@ -19,7 +19,7 @@ from dense_heads.backbones.zoo import resolve_blocks
 from dense_heads.data.transforms import EvalTransform
 from dense_heads.errors import UserError
 from dense_heads.heads.base import Head
-from dense_heads.models.dense import DenseModel, FrozenBackbone
+from dense_heads.models.dense import FrozenBackbone
 from dense_heads.models.inference import Inference
 from dense_heads.models.segmentor import Segmentor
 
@@ -140,7 +140,7 @@ def trained_head(folder: Path, backbone: FrozenBackbone, num_outputs: int | None
     return head
 
 
-def load_model(path: str | Path, device: str = "cpu") -> DenseModel:
+def load_model(path: str | Path, device: str = "cpu") -> Segmentor:
     """A trained model, ready for `predict`: from a finished run's folder, or its `head.safetensors`.
 
     Raises:

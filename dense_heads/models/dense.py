@@ -29,8 +29,8 @@ class FrozenBackbone(nn.Module):
         super().__init__()
         self.backbone = backbone.requires_grad_(False)
         self.patch_fit = patch_fit
-        self.register_state_dict_post_hook(_leave_out_of_state_dict)
-        self.register_load_state_dict_pre_hook(_stand_in_for_itself)
+        self.register_state_dict_post_hook(_leave_out_of_state_dict)  # type: ignore[no-untyped-call]
+        self.register_load_state_dict_pre_hook(_stand_in_for_itself)  # type: ignore[no-untyped-call]
         self.train(False)
 
     def train(self, mode: bool = True) -> Self:

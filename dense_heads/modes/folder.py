@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.types import RunMode
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
@@ -57,7 +58,7 @@ def _chosen_folder(cfg: DictConfig) -> Path:
         _refuse_changes(folder)
         return folder
     hydra = HydraConfig.get()
-    if hydra.mode.name == "MULTIRUN":
+    if hydra.mode == RunMode.MULTIRUN:
         folder = Path(hydra.sweep.dir, hydra.sweep.subdir)
     elif cfg.run_dir is not None or cfg.resume == "auto" or _job_id():
         folder = _named_folder(cfg)

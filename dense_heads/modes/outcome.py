@@ -5,7 +5,7 @@ import json
 import math
 import platform
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sized
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -41,7 +41,7 @@ class Measured:
 
 def write_outcome(folder: Path, measured: Measured) -> dict[str, Any]:
     """Write `metrics.json`, and `grid.csv` where there are several candidates; returns what `metrics.json` holds."""
-    found = _plain(_outcome(measured))
+    found: dict[str, Any] = _plain(_outcome(measured))
     write_atomically(folder / "metrics.json", (json.dumps(found, indent=2, ensure_ascii=False) + "\n").encode())
     rows = found["candidates"]
     if len(rows) > 1:
@@ -85,7 +85,7 @@ def _outcome(measured: Measured) -> dict[str, Any]:
         "direction": module.direction,
         "protocol": {
             "split": "test" if stage == "test" else "validation (the task has no labelled test split)",
-            "images": {"train": len(parts.data.train or ()), stage: len((parts.data.val if stage == "val" else parts.data.test) or ())},
+            "images": {split: num for split, num in _num_images(parts).items() if split in ("train", stage)},
             "steps": cfg.trainer.max_steps,
             "batch_size": cfg.data.batch_size,
             "image_size": cfg.data.image_size,
@@ -133,9 +133,9 @@ def published_row(measured: Measured) -> dict[str, Any] | None:
     if plain != name:
         reasons.append(f"the number is of {plain}, without registers: none is published for {name}")
     reasons += _differences(measured, f"{cfg.task.name}_{plain}_{head}")
-    sizes = OmegaConf.to_container(cfg.task.data.get("published_images", {}) or {}) or {}
-    have = {"train": len(measured.parts.data.train or ()), "val": len(measured.parts.data.val or ())}
-    reasons += [f"{have[split]:,} {split} images, published with {n:,}" for split, n in sizes.items() if have[split] != n]  # type: ignore[index, union-attr]
+    expected = build.plain(cfg.task.published.images)
+    have = _num_images(measured.parts)
+    reasons += [f"{have[split]:,} {split} images, published with {n:,}" for split, n in expected.items() if have[split] != n]
     reasons += [note for note in measured.parts.notes if "not comparable" in note]
     return {
         "value": value,
@@ -145,6 +145,11 @@ def published_row(measured: Measured) -> dict[str, Any] | None:
         "comparable": not reasons,
         "not_comparable": reasons,
     }
+
+
+def _num_images(parts: build.Parts) -> dict[str, int]:
+    splits = {"train": parts.data.train, "val": parts.data.val, "test": parts.data.test}
+    return {name: len(split) if isinstance(split, Sized) else 0 for name, split in splits.items()}
 
 
 def _differences(measured: Measured, experiment: str) -> list[str]:
@@ -160,14 +165,14 @@ def _differences(measured: Measured, experiment: str) -> list[str]:
         for leaf in sorted(ours_flat.keys() | theirs_flat.keys()):
             ours, published = ours_flat.get(leaf), theirs_flat.get(leaf)
             if ours != published and leaf != "head.weights":
-                found.append(f"{leaf} is {ours}, published with {published}")
+                found.append(f"{leaf} is {ours!r}, published with {published!r}")
     return found
 
 
 def _leaves(prefix: str, node: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(node, DictConfig):
         for key in node:
-            yield from _leaves(f"{prefix}.{key}", OmegaConf.select(node, str(key)))
+            yield from _leaves(f"{prefix}.{key!s}", OmegaConf.select(node, str(key)))
     else:
         yield prefix, OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
 

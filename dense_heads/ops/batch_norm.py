@@ -2,7 +2,7 @@
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as dist_nn
+import torch.distributed.nn.functional as differentiable
 from torch import Tensor, nn
 
 
@@ -22,9 +22,10 @@ class BatchNorm2d(nn.BatchNorm2d):
         count = torch.full((1,), x.numel() / x.shape[1], device=x.device)
         sums = torch.cat([x.sum(dim=(0, 2, 3)), count])
         if x.requires_grad:  # the statistics depend on the input of every process
-            total = dist_nn.all_reduce(sums)
+            total: Tensor = differentiable.all_reduce(sums)  # type: ignore[no-untyped-call]
             mean = total[:-1] / total[-1]
-            squares = dist_nn.all_reduce((x - mean[:, None, None]).square().sum(dim=(0, 2, 3)))
+            own = (x - mean[:, None, None]).square().sum(dim=(0, 2, 3))
+            squares: Tensor = differentiable.all_reduce(own)  # type: ignore[no-untyped-call]
         else:
             total = sums
             dist.all_reduce(total)
@@ -40,4 +41,5 @@ class BatchNorm2d(nn.BatchNorm2d):
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * number / (number - 1), self.momentum)
         scale = self.weight * torch.rsqrt(variance + self.eps)
-        return (x * scale[:, None, None] + (self.bias - mean * scale)[:, None, None]).to(input.dtype)
+        normalised: Tensor = x * scale[:, None, None] + (self.bias - mean * scale)[:, None, None]
+        return normalised.to(input.dtype)

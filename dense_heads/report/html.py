@@ -108,7 +108,7 @@ def _published_card(summary: Summary, main: ScoreRow | None) -> str:
         return card("Published", "none", "There is no published number for this backbone, head and protocol.", "quiet")
     row = escape(" · ".join(str(published[key]) for key in ("row", "source") if published.get(key)))
     if published.get("comparable"):
-        beside = _distance(main.name, main.value, _as_metric(published)) if main else ""
+        beside = _distance(main.name, main.value, _as_metric(main.name, published)) if main else ""
         return card("Published, same set-up", escape(published_text(published)), f"{row}<br>{beside}", "")
     why = published.get("not_comparable")
     reasons = "".join(f"<li>{escape(reason)}</li>" for reason in (why if isinstance(why, list) else [why or "unknown"]))
@@ -256,12 +256,14 @@ def _head_name(summary: Summary) -> str:
     return str(summary["head"].get("name") or "unnamed")
 
 
-def _as_metric(published: dict[str, Any]) -> float | None:
-    """The published number on the scale of our own metrics; None where it is no number."""
-    value = published.get("value")
+def _as_metric(name: str, published: dict[str, Any]) -> float | None:
+    """The published number on the scale of our metric `name`; None where its unit leaves that open."""
+    value, percent = published.get("value"), published.get("unit") == "%"
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
-    return value / 100 if published.get("unit") == "%" else float(value)
+    if percent != (name.rsplit("/", 1)[-1] in PERCENT):
+        return None
+    return value / 100 if percent else float(value)
 
 
 def _distance(name: str, value: float | None, other: float | None) -> str:

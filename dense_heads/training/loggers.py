@@ -52,7 +52,7 @@ class MetricsCsv(Logger):
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Add to the row of `step`."""
         row = {name: f"{float(value):.8g}" for name, value in metrics.items() if name != "epoch"}
-        at = step or 0
+        at = (step or 0) + 1  # Lightning counts steps from 0; a row says how many were done
         merged = at in self.rows
         self.rows.setdefault(at, {"step": str(at)}).update(row)
         if merged or any(name not in self.written for name in row):
@@ -119,7 +119,7 @@ def finish_loggers(loggers: list[Logger], summary: Mapping[str, float]) -> None:
     """Write the final numbers as W&B's summary, close, and print the line that uploads an offline run."""
     for logger in loggers:
         if type(logger).__name__ == "WandbLogger" and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
-            run = logger.experiment
+            run: Any = getattr(logger, "experiment")  # noqa: B009 - WandbLogger's, which is not imported here
             run.summary.update(dict(summary))
             offline, folder = run.offline, Path(run.dir).parent
             run.finish(quiet=True)

@@ -94,8 +94,8 @@ def test_what_the_user_said_is_not_guessed_over(tmp_path, options):
 
 def test_jpeg_masks(tmp_path):
     values = np.zeros((32, 32), np.uint8)
-    values[8:24, 8:24] = 255
-    path = mask_file(tmp_path / "a.jpg", values, quality=30)
+    values[5:21, 9:26] = 255
+    path = mask_file(tmp_path / "a.jpg", values, quality=75)
     assert len(np.unique(np.array(Image.open(path)))) > 2  # the loss is real
     np.testing.assert_array_equal(rule_for([path], 2).read(path), values // 255)
     with pytest.raises(UserError, match=r"a\.jpg: a JPEG mask with 3 classes.*PNG"):
@@ -130,7 +130,7 @@ def test_strange_colours_are_named(tmp_path):
     path = mask_file(tmp_path / "a.png", [[COLOURS[1], (1, 2, 3)]])
     with pytest.raises(UserError, match=r"a\.png: 1 colours.*\(1,2,3\).*labels\.ignore"):
         rule_for([path], 3, colours=COLOURS).read(path)
-    with pytest.raises(UserError, match="classes.txt gives none"):
+    with pytest.raises(UserError, match="gives none"):
         rule_for([path], 3)
     with pytest.raises(UserError, match="two classes"):
         rule_for([path], 3, colours=[(0, 0, 0), (1, 2, 3), (1, 2, 3)])
@@ -200,8 +200,12 @@ def test_cityscapes_label_ids_become_the_official_train_ids():
     folder = DATA / "cityscapes/gtFine/val/frankfurt"
     rule = LabelRule(19, map=official, ignore=[i for i in range(35) if i not in official])
     expected = np.array(Image.open(folder / "frankfurt_000000_000294_gtFine_labelTrainIds.png"))
-    found = rule.read(folder / "frankfurt_000000_000294_gtFine_labelIds.png")
-    np.testing.assert_array_equal(found, expected)
+    path = folder / "frankfurt_000000_000294_gtFine_labelIds.png"
+    found, raw = rule.read(path), np.array(Image.open(path))
+    # The two files were made smaller independently: they differ in some pixels on the borders of objects.
+    assert (found == expected).mean() > 0.997
+    for value in np.unique(raw):
+        assert (found[raw == value] == np.bincount(expected[raw == value]).argmax()).all()
     assert len(np.unique(found)) > 5
 
 

@@ -1,8 +1,10 @@
 """A finished run's folder as the report finds it, with real street scenes where they are at hand."""
 
 import csv
+import io
 import json
 import math
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +106,17 @@ def write_curves(path: Path, steps: int = 2000, every: int = 10, candidates: tup
             writer.writerow(row)
 
 
+@cache
+def panels() -> list[tuple[str, bytes]]:
+    """(id, PNG) of the run's pictures, drawn once for all tests."""
+    drawn = []
+    for image_id, image, label in scenes():
+        buffer = io.BytesIO()
+        segmentation_panel(image, label, coarse(label), PALETTE, NAMES, image_id).save(buffer, "PNG")
+        drawn.append((image_id, buffer.getvalue()))
+    return drawn
+
+
 def write_run(folder: Path, **changes: object) -> Path:
     """A whole run folder; `changes` go into `metrics.json`."""
     (folder / "pictures/test").mkdir(parents=True)
@@ -113,7 +126,6 @@ def write_run(folder: Path, **changes: object) -> Path:
     (folder / "card.json").write_text(
         json.dumps({"head": "linear4", "licence": "Apache-2.0", "classes": NAMES}, indent=1)
     )
-    for image_id, image, label in scenes():
-        panel = segmentation_panel(image, label, coarse(label), PALETTE, NAMES, image_id)
-        panel.save(folder / f"pictures/test/{image_id}.png")
+    for image_id, data in panels():
+        (folder / f"pictures/test/{image_id}.png").write_bytes(data)
     return folder

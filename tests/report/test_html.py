@@ -76,6 +76,9 @@ def test_trained_backbones_and_raw_pixels_are_not_called_random(tmp_path):
 def test_the_published_number_stands_beside_ours_or_says_why_not(tmp_path):
     same = report(write_run(tmp_path / "a", backbone=OFFICIAL, published=PUBLISHED | {"comparable": True})).text
     assert "Published, same set-up 47.7 %" in same and "15.3 points below it" in same and "Not comparable" not in same
+    unclear = PUBLISHED | {"comparable": True, "unit": "points"}
+    text = report(write_run(tmp_path / "c", backbone=OFFICIAL, published=unclear)).text
+    assert "47.7 points" in text and "below it" not in text
     reasons = ["batch 8, not 16", "half of the training images"]
     other = PUBLISHED | {"comparable": False, "not_comparable": reasons}
     text = report(write_run(tmp_path / "b", backbone=OFFICIAL, published=other)).text

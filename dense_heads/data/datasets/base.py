@@ -26,6 +26,10 @@ class Reader(Protocol):
 
     notices: list[str]
 
+    def available(self) -> list[Split]:
+        """The splits that there are, so that one without training images can still be measured."""
+        ...
+
     def samples(self, split: Split) -> list[Sample]:
         """The samples of a split in a fixed order; [] for a test split that does not exist."""
         ...

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from dense_heads.data.datasets.base import Sample, Split, missing_data, require_files
+from dense_heads.data.datasets.base import SPLITS, Sample, Split, missing_data, require_files
 from dense_heads.errors import UserError
 
 LAYOUT = """
@@ -34,6 +34,10 @@ class Cityscapes:
         for part in ("leftImg8bit", "gtFine"):
             if not (self.root / part).is_dir():
                 raise missing_data(self.root / part, LAYOUT, hint)
+
+    def available(self) -> list[Split]:
+        """The labelled splits that are on disk."""
+        return [split for split in SPLITS if split != "test" and (self.root / "leftImg8bit" / split).is_dir()]
 
     def samples(self, split: Split) -> list[Sample]:
         """The split's samples, sorted by city and name."""

@@ -9,8 +9,8 @@ from typing import Literal
 
 from dense_heads.data.datasets.base import SPLITS, Sample, Split, missing_data, read_list, shorten
 from dense_heads.data.images import list_images
-from dense_heads.data.seeds import stable_seed
 from dense_heads.errors import UserError, unknown_name
+from dense_heads.ops.seeding import stable_seed
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +95,10 @@ class PairedFolders:
             self.made_split = {name: list(ids) for name, ids in split.items()}
         elif "train" in self.places and "val" not in self.places and (splits is None or "val" not in splits):
             self.made_split = self._draw_split()
+
+    def available(self) -> list[Split]:
+        """The splits that are on disk or were drawn."""
+        return [split for split in SPLITS if split in {*self.places, *(self.made_split or ())}]
 
     def samples(self, split: Split) -> list[Sample]:
         """The split's samples, sorted by id; [] for a test split that does not exist."""

@@ -3,7 +3,7 @@
 import logging
 from pathlib import Path
 
-from dense_heads.data.datasets.base import Sample, Split, missing_data, read_list, require_files
+from dense_heads.data.datasets.base import SPLITS, Sample, Split, missing_data, read_list, require_files
 
 log = logging.getLogger(__name__)
 
@@ -16,7 +16,7 @@ LAYOUT = """
 """
 
 
-class PascalVOC:
+class VOCSegmentation:
     """Pascal VOC 2012 segmentation (the devkit's own layout).
 
     Training is `train.txt` (masks in SegmentationClass) plus `aug.txt` (masks in SegmentationClassAug), the official
@@ -48,6 +48,10 @@ class PascalVOC:
                 "SegmentationClassAug are missing)"
             )
             log.warning(self.notices[-1])
+
+    def available(self) -> list[Split]:
+        """The labelled splits that are on disk."""
+        return [split for split in SPLITS if split != "test" and self._list(split).is_file()]
 
     def samples(self, split: Split) -> list[Sample]:
         """The split's samples, in the order of its lists."""
