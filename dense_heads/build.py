@@ -33,7 +33,7 @@ from dense_heads.errors import UserError
 from dense_heads.heads.base import Head
 from dense_heads.heads.official import load_head_weights, official_head_url
 from dense_heads.metrics.segmentation import CONVENTIONS
-from dense_heads.models.artefact import Card, head_target
+from dense_heads.models.artefact import Card, head_target, read_card
 from dense_heads.models.dense import FrozenBackbone
 from dense_heads.models.inference import Inference
 from dense_heads.ops.seeding import forked_rng, stable_seed
@@ -72,10 +72,9 @@ def parts(cfg: DictConfig, check: bool = True, heads: Sequence[Head] | None = No
         raise UserError(f"task.family={cfg.task.family} is planned, but not there yet. There is: segmentation.")
     classes = _classes(cfg)
     reader = _reader(cfg)
-    samples = {split: reader.samples(split) for split in ("train", "val", "test")}
-    colours = classes.colours if classes.own_colours else None
-    labels = LabelRule(cfg.task.num_classes, colours=colours, **plain(cfg.task.data.labels))
-    labels.prepare([sample.mask for sample in (samples["train"] or samples["val"]) if sample.mask is not None])
+    needed = ("train", "val") if cfg.mode == "fit" else ("val",)
+    samples = {s: reader.samples(s) if s in (*needed, *reader.available()) else [] for s in ("train", "val", "test")}
+    labels = _labels(cfg, classes)
     if check:
         check_segmentation(samples, labels)
     _resolve_length(cfg, len(samples["train"]))
@@ -109,21 +108,39 @@ def parts(cfg: DictConfig, check: bool = True, heads: Sequence[Head] | None = No
         inference=Inference(**plain(cfg.task.inference)),
         class_names=classes.names,
     )
-    notes = list(reader.notices)
+    notes = [*reader.notices, *labels.notices]
     if is_random(cfg.backbone):
         notes.append("The backbone's weights are random: it has learnt nothing.")
-    arguments = {key: value for key, value in plain(cfg.head).items() if key not in ("_target_", "_partial_", "weights")}
+    arguments = {
+        key: value for key, value in plain(cfg.head).items() if key not in ("_target_", "_partial_", "weights")
+    }
     return Parts(module, data, classes, labels, arguments, CONVENTIONS, notes, getattr(reader, "made_split", None))
 
 
 def _reader(cfg: DictConfig) -> Any:
     """The reader of the task's on-disk format; a split that a run drew for itself is drawn no second time."""
     arguments: dict[str, Any] = {"root": cfg.data.root, "hint": cfg.task.data.how_to_get}
-    run = cfg.model or (cfg.resume if cfg.resume != "auto" else cfg.run_dir)
-    kept = Path(run, SPLIT_FILE) if run else None
-    if kept is not None and kept.is_file():
+    kept = Path(_own_run(cfg) or "", SPLIT_FILE)
+    if _own_run(cfg) and kept.is_file():
         arguments["split"] = json.loads(kept.read_text(encoding="utf-8"))
     return instantiate(cfg.task.data.format, _partial_=True)(**arguments)
+
+
+def _own_run(cfg: DictConfig) -> str | None:
+    """The run that this command goes on with or measures, if it is of the same task."""
+    run: str | None = cfg.model or (cfg.resume if cfg.resume != "auto" else cfg.run_dir)
+    if cfg.model and read_card(Path(cfg.model)).task != cfg.task.name:
+        return None
+    return run
+
+
+def _labels(cfg: DictConfig, classes: Classes) -> LabelRule:
+    """How masks are read; what a run decided from its training masks holds when it is measured."""
+    run = _own_run(cfg)
+    if cfg.model and run:
+        return LabelRule(**read_card(Path(run)).labels)
+    colours = classes.colours if classes.own_colours else None
+    return LabelRule(cfg.task.num_classes, colours=colours, **plain(cfg.task.data.labels))
 
 
 def _classes(cfg: DictConfig) -> Classes:
@@ -141,7 +158,9 @@ def _resolve_length(cfg: DictConfig, num_images: int) -> None:
         raise UserError(f"trainer.max_steps={cfg.trainer.max_steps}; expected at least 1.")
     if cfg.task.protocol.warmup_steps >= cfg.trainer.max_steps:  # a shortened run keeps the shape of its schedule
         cfg.task.protocol.warmup_steps = cfg.trainer.max_steps // 25
-        log.info("task.protocol.warmup_steps=%d, so that the warmup ends within the run", cfg.task.protocol.warmup_steps)
+        log.info(
+            "task.protocol.warmup_steps=%d, so that the warmup ends within the run", cfg.task.protocol.warmup_steps
+        )
     interval = cfg.trainer.val_check_interval or math.ceil(cfg.trainer.max_steps / 10)
     cfg.trainer.val_check_interval = min(int(interval), cfg.trainer.max_steps)
 
@@ -156,13 +175,6 @@ def is_random(backbone_cfg: DictConfig) -> bool:
     return backbone_cfg.weights is None and backbone_cfg.name != "pixels"
 
 
-def weights_in_words(backbone_cfg: DictConfig) -> str:
-    """For reports."""
-    if is_random(backbone_cfg):
-        return f"random (seed {backbone_cfg.seed})"
-    return str(backbone_cfg.weights or "none")
-
-
 def candidates(cfg: DictConfig, frozen: FrozenBackbone) -> list[Candidate]:
     """The heads to train: the composed one, or with `head=grid` every combination of its lists."""
     if "heads" in cfg.head:
@@ -173,7 +185,9 @@ def candidates(cfg: DictConfig, frozen: FrozenBackbone) -> list[Candidate]:
 def _candidate(cfg: DictConfig, frozen: FrozenBackbone, head_cfg: DictConfig, settings: dict[str, Any]) -> Candidate:
     name = " ".join(f"{key}={value}" for key, value in settings.items()) or HydraConfig.get().runtime.choices["head"]
     weights = head_cfg.get("weights")
-    partial: functools.partial[Head] = instantiate(OmegaConf.masked_copy(head_cfg, [str(k) for k in head_cfg if k != "weights"]))
+    partial: functools.partial[Head] = instantiate(
+        OmegaConf.masked_copy(head_cfg, [str(k) for k in head_cfg if k != "weights"])
+    )
     blocks = resolve_blocks(frozen.backbone.name, partial.keywords.get("blocks", "last"))
     with forked_rng(stable_seed(cfg.seed, name, "init")):  # a function of seed and name alone: the same in any grid
         head = partial([frozen.backbone.embed_dim] * len(blocks), cfg.task.num_classes)
@@ -291,7 +305,7 @@ def _several_devices(options: Mapping[str, Any]) -> bool:
     devices = options["devices"]
     if devices == "auto":
         return options["accelerator"] != "cpu" and torch.cuda.device_count() > 1
-    return isinstance(devices, int) and devices > 1 or isinstance(devices, list) and len(devices) > 1
+    return (isinstance(devices, int) and devices > 1) or (isinstance(devices, list) and len(devices) > 1)
 
 
 def _callbacks(cfg: DictConfig, folder: Path, made: Parts) -> list[pl.Callback]:
@@ -318,8 +332,6 @@ def recomposed(cfg: DictConfig, changes: list[str]) -> DictConfig:
     other = composed([*kept, *changes])
     other.trainer.max_steps, other.data.root = cfg.trainer.max_steps, cfg.data.root
     return other
-
-
 
 
 def plain(node: Any) -> dict[str, Any]:

@@ -66,8 +66,12 @@ def print_help() -> int:
     for group, names in rows.items():
         if names:
             print(f"\n{group.capitalize()}\n  {'  '.join(names)}")
-    print("\nOften set: data.root data.batch_size data.num_workers trainer.max_steps optim.lr seed backbone.weights head.weights")
-    print("Print the whole config of a run without running it: --cfg job. Several runs: -m key=a,b. Tracebacks: debug=traceback.")
+    print(
+        "\nOften set: data.root data.batch_size data.num_workers trainer.max_steps optim.lr seed backbone.weights head.weights"
+    )
+    print(
+        "Print the whole config of a run without running it: --cfg job. Several runs: -m key=a,b. Tracebacks: debug=traceback."
+    )
     return 0
 
 
@@ -124,7 +128,9 @@ def _translated(error: BaseException | None) -> UserError | None:
     """Hydra's and OmegaConf's own composition errors in our words; None for an exception that is a bug."""
     while error is not None:
         text = " ".join(str(error).split())
-        if found := re.search(r"(?:Could not find|Could not load|In '[^']*': Could not find) '([\w@./-]+)/([^/']*)'", text):
+        if found := re.search(
+            r"(?:Could not find|Could not load|In '[^']*': Could not find) '([\w@./-]+)/([^/']*)'", text
+        ):
             group = found[1].split("@")[0].split("/")[-1]
             return unknown_name(group, found[2], options(group))
         if isinstance(error, OmegaConfBaseException) and (found := re.search(r"Key '([^']+)' is not in struct", text)):

@@ -52,7 +52,9 @@ def read_overrides(run: Path) -> list[str]:
             raise ValueError("expected a list of `key=value` strings")
         parsed = OverridesParser.create().parse_overrides(overrides)
     except (OSError, ValueError, yaml.YAMLError, HydraException) as error:
-        raise UserError(f"{path} is not readable as a list of overrides: {error}. Was the run folder edited?") from error
+        raise UserError(
+            f"{path} is not readable as a list of overrides: {error}. Was the run folder edited?"
+        ) from error
     for override in parsed:
         key, text = override.key_or_group, override.input_line or ""
         if key == "hydra" or key.startswith(("hydra.", "hydra/")) or "_target_" in text or "${" in text:

@@ -18,10 +18,14 @@ def register_tasks(tasks_dir: Path = TASKS_DIR) -> None:
     store = ConfigStore.instance()
     for path in sorted(tasks_dir.glob("*/task.yaml")):
         if path.read_text(encoding="utf-8").lstrip().startswith("# @package"):
-            raise UserError(f"{path}: a task file cannot have a '# @package' header. Remove it: tasks stand under `task`.")
+            raise UserError(
+                f"{path}: a task file cannot have a '# @package' header. Remove it: tasks stand under `task`."
+            )
         node = OmegaConf.load(path)
         if not isinstance(node, DictConfig):
-            raise UserError(f"{path}: a task file must be a mapping of keys to values. Start from tasks/camvid/task.yaml.")
+            raise UserError(
+                f"{path}: a task file must be a mapping of keys to values. Start from tasks/camvid/task.yaml."
+            )
         node["name"] = path.parent.name
         node["folder"] = str(path.parent)
         store.store(group="task", name=path.parent.name, node=node, provider="dense_heads")

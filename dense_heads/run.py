@@ -45,7 +45,11 @@ def _set_up_logging() -> None:
     # Lightning's remarks on devices, on its own loggers and on settings that we chose knowingly.
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    for text in (".*does not have many workers.*", ".*is smaller than the logging interval.*", ".*module\\(s\\) in eval mode.*"):
+    for text in (
+        ".*does not have many workers.*",
+        ".*is smaller than the logging interval.*",
+        ".*module\\(s\\) in eval mode.*",
+    ):
         warnings.filterwarnings("ignore", text)
 
 

@@ -17,7 +17,11 @@ from dense_heads.structures import Size
 
 
 def label_maps(
-    backbone: FrozenBackbone, heads: Sequence[Head], views: Sequence[Sequence[Tensor]], sizes: Sequence[Size], how: Inference
+    backbone: FrozenBackbone,
+    heads: Sequence[Head],
+    views: Sequence[Sequence[Tensor]],
+    sizes: Sequence[Size],
+    how: Inference,
 ) -> list[list[Tensor]]:
     """For each head and image the most probable class of each pixel, (H, W) int64 at the image's size in `sizes`."""
 
@@ -32,7 +36,12 @@ class Segmentor(DenseModel):
     """Frozen backbone + segmentation head + the preprocessing that it was measured with."""
 
     def __init__(
-        self, backbone: FrozenBackbone, head: Head, transform: EvalTransform, inference: Inference, classes: Sequence[str]
+        self,
+        backbone: FrozenBackbone,
+        head: Head,
+        transform: EvalTransform,
+        inference: Inference,
+        classes: Sequence[str],
     ) -> None:
         """`classes`: names in the order of the predicted ids."""
         super().__init__(backbone, head)

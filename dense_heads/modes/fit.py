@@ -1,5 +1,6 @@
 """`mode=fit`: train a head, measure it, write the run folder."""
 
+import json
 import logging
 import math
 import os
@@ -31,6 +32,8 @@ def main(cfg: DictConfig) -> float:
     parts = build.parts(cfg)  # every mistake that shows cheaply shows here, before a folder is made
     folder = run_folder(cfg)
     log.info("run folder %s", folder)
+    if parts.made_split is not None and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+        (folder / build.SPLIT_FILE).write_text(json.dumps(parts.made_split, indent=1), encoding="utf-8")
     loggers = build.loggers(cfg, folder)
     trainer = build.trainer(cfg, folder, parts, loggers)
     checkpoint = _checkpoint_to_resume(cfg, folder, loggers[0])
@@ -48,7 +51,9 @@ def main(cfg: DictConfig) -> float:
     if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
         leader = parts.module.candidates[parts.module.leader()]
         save_artefact(folder, leader.head, build.card(cfg, parts, leader))
-        measured = Measured(cfg, parts, stage, trainer.global_step, seconds, HydraConfig.get().runtime.choices, baseline)
+        measured = Measured(
+            cfg, parts, stage, trainer.global_step, seconds, HydraConfig.get().runtime.choices, baseline
+        )
         finals = write_outcome(folder, measured)
         write_report(folder)
         finish_loggers(loggers, finals["metrics"])

@@ -14,7 +14,14 @@ from dense_heads.recompose import keep_overrides, read_overrides
 
 _TOLD = "DENSE_HEADS_RUN_FOLDER"  # environment variable: rank 0's folder, for the ranks that it starts
 # A resumed run may differ from itself in these only; anything else would be another run.
-_FREE_ON_RESUME = ("trainer.max_steps", "trainer.devices", "trainer.strategy", "trainer.accelerator", "logger", "data.root")
+_FREE_ON_RESUME = (
+    "trainer.max_steps",
+    "trainer.devices",
+    "trainer.strategy",
+    "trainer.accelerator",
+    "logger",
+    "data.root",
+)
 
 
 def time_stamp() -> str:
@@ -97,9 +104,17 @@ def _refuse_changes(folder: Path) -> None:
         return {key: value for key, value in pairs if not key.startswith(_FREE_ON_RESUME)}
 
     kept = read_overrides(folder)
-    typed = [o for o in HydraConfig.get().overrides.task if not o.startswith(("resume=", "mode=", "debug=", "run_dir=", "output_dir="))]
+    typed = [
+        o
+        for o in HydraConfig.get().overrides.task
+        if not o.startswith(("resume=", "mode=", "debug=", "run_dir=", "output_dir="))
+    ]
     before, now = settings(kept), settings(typed)
-    changed = [f"{key} (was {before.get(key, 'the default')}, now {value})" for key, value in now.items() if before.get(key) != value]
+    changed = [
+        f"{key} (was {before.get(key, 'the default')}, now {value})"
+        for key, value in now.items()
+        if before.get(key) != value
+    ]
     if changed:
         raise UserError(
             f"resume={folder}: a resumed run cannot change {', '.join(changed)}. "

@@ -58,7 +58,9 @@ def _outcome(measured: Measured) -> dict[str, Any]:
     module, backbone = parts.module, parts.module.backbone.backbone
     leader = module.leader()
     result = module.results[stage]
-    colours = {name: list(colour) for name, colour in zip(parts.classes.names, parts.classes.colours.tolist(), strict=True)}
+    colours = {
+        name: list(colour) for name, colour in zip(parts.classes.names, parts.classes.colours.tolist(), strict=True)
+    }
     head = module.candidates[leader].head
     published = published_row(measured)
     return {
@@ -68,9 +70,8 @@ def _outcome(measured: Measured) -> dict[str, Any]:
         "family": cfg.task.family,
         "backbone": {
             "name": cfg.backbone.name,
-            "weights": build.weights_in_words(cfg.backbone),
-            "seed": cfg.backbone.get("seed"),
-            "random": build.is_random(cfg.backbone),
+            "weights": cfg.backbone.weights,  # null: random, from the seed
+            "seed": cfg.backbone.seed,
             "fingerprint": backbone.fingerprint(),
             "parameters": sum(p.numel() for p in backbone.parameters()),
         },
@@ -110,7 +111,9 @@ def _outcome(measured: Measured) -> dict[str, Any]:
 
 
 def _selected_on(cfg: DictConfig, num_candidates: int, stage: str) -> str:
-    chosen = "the last checkpoint" if cfg.task.protocol.select == "last" else "the checkpoint that was best on validation"
+    chosen = (
+        "the last checkpoint" if cfg.task.protocol.select == "last" else "the checkpoint that was best on validation"
+    )
     if num_candidates > 1:
         chosen += f"; the best of {num_candidates} candidates on validation"
     if stage == "val" and (num_candidates > 1 or cfg.task.protocol.select != "last"):
@@ -135,7 +138,9 @@ def published_row(measured: Measured) -> dict[str, Any] | None:
     reasons += _differences(measured, f"{cfg.task.name}_{plain}_{head}")
     expected = build.plain(cfg.task.published.images)
     have = _num_images(measured.parts)
-    reasons += [f"{have[split]:,} {split} images, published with {n:,}" for split, n in expected.items() if have[split] != n]
+    reasons += [
+        f"{have[split]:,} {split} images, published with {n:,}" for split, n in expected.items() if have[split] != n
+    ]
     reasons += [note for note in measured.parts.notes if "not comparable" in note]
     return {
         "value": value,
@@ -216,7 +221,9 @@ def hardware() -> str:
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.is_file():
-        names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        names = [
+            line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
         name = names[0] if names else name
     gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     return f"{name}, {torch.get_num_threads()} threads" + (f", {', '.join(gpus)}" if gpus else "")

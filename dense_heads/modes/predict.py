@@ -14,8 +14,8 @@ from dense_heads import build
 from dense_heads.data.images import list_images, read_image
 from dense_heads.data.labels import LabelRule
 from dense_heads.errors import UserError
-from dense_heads.models.inference import Inference
 from dense_heads.models.artefact import load_model, read_card
+from dense_heads.models.inference import Inference
 from dense_heads.report.pictures import overlay
 
 log = logging.getLogger("dense_heads")
@@ -70,7 +70,9 @@ def _names(images: list[Path], source: Path) -> list[tuple[Path, str]]:
     root = source if source.is_dir() else source.parent
     relative = [path.relative_to(root) for path in images]
     stems = Counter(path.with_suffix("") for path in relative)
-    names = [path.as_posix() if stems[path.with_suffix("")] > 1 else path.with_suffix("").as_posix() for path in relative]
+    names = [
+        path.as_posix() if stems[path.with_suffix("")] > 1 else path.with_suffix("").as_posix() for path in relative
+    ]
     return list(zip(images, names, strict=True))
 
 

@@ -1,9 +1,10 @@
 """Checkpoints that a kill cannot spoil: written aside and renamed, tensors and plain values only."""
 
 import os
-import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import lightning.pytorch as pl
 import torch
@@ -20,16 +21,22 @@ BEST_FILE = "best.safetensors"
 def write_atomically(path: Path, content: bytes) -> None:
     """Replace `path` by `content` as a whole: a temporary file in the same folder, fsync, rename."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
+    with _replacing(path) as file:
+        file.write(content)
+
+
+@contextmanager
+def _replacing(path: Path) -> Iterator[BinaryIO]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}-{os.getpid()}")
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
+        with temporary.open("wb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -37,17 +44,8 @@ class AtomicCheckpointIO(TorchCheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         """Write beside the target, then rename."""
-        path = Path(path)
-        temporary = path.with_name(f".{path.name}-{os.getpid()}")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with temporary.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        with _replacing(Path(path)) as file:
+            torch.save(checkpoint, file)
 
     def load_checkpoint(
         self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = None
@@ -65,7 +63,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     try:
         loaded: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # zip, pickle, end of file: torch raises whatever it meets
-        raise UserError(f"{path} cannot be read as a checkpoint ({type(error).__name__}: {str(error)[:120]}).") from error
+        raise UserError(
+            f"{path} cannot be read as a checkpoint ({type(error).__name__}: {str(error)[:120]})."
+        ) from error
     return loaded
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from dense_heads.metrics.segmentation import ConfusionMatrix, per_class, scores
