@@ -29,7 +29,7 @@ from dense_heads.data.datamodule import DataModule
 from dense_heads.data.labels import LabelRule
 from dense_heads.data.segmentation import SegmentationDataset, collate_eval, collate_train
 from dense_heads.data.transforms import EvalTransform, TrainPipeline
-from dense_heads.errors import UserError
+from dense_heads.errors import UserError, unknown_name
 from dense_heads.heads.base import Head
 from dense_heads.heads.official import load_head_weights, official_head_url
 from dense_heads.metrics.segmentation import CONVENTIONS
@@ -56,7 +56,6 @@ class Parts:
     data: DataModule
     classes: Classes
     labels: LabelRule
-    head_arguments: Mapping[str, Any]  # of the composed head, plain
     conventions: str
     notes: list[str]  # said in the report
     made_split: dict[str, list[str]] | None  # drawn because the data had none; kept with the run
@@ -111,14 +110,13 @@ def parts(cfg: DictConfig, check: bool = True, heads: Sequence[Head] | None = No
     notes = [*reader.notices, *labels.notices]
     if is_random(cfg.backbone):
         notes.append("The backbone's weights are random: it has learnt nothing.")
-    arguments = {
-        key: value for key, value in plain(cfg.head).items() if key not in ("_target_", "_partial_", "weights")
-    }
-    return Parts(module, data, classes, labels, arguments, CONVENTIONS, notes, getattr(reader, "made_split", None))
+    return Parts(module, data, classes, labels, CONVENTIONS, notes, getattr(reader, "made_split", None))
 
 
 def _reader(cfg: DictConfig) -> Any:
     """The reader of the task's on-disk format; a split that a run drew for itself is drawn no second time."""
+    if cfg.data.root is None:
+        raise UserError(f"data.root is not set, and task={cfg.task.name} knows no place. Set data.root=FOLDER.")
     arguments: dict[str, Any] = {"root": cfg.data.root, "hint": cfg.task.data.how_to_get}
     kept = Path(_own_run(cfg) or "", SPLIT_FILE)
     if _own_run(cfg) and kept.is_file():
@@ -215,11 +213,20 @@ def _grid(cfg: DictConfig) -> list[tuple[DictConfig, dict[str, Any]]]:
         raise UserError("head=grid: a value stands twice in one of its lists; each combination is trained once.")
     result = []
     for settings in combinations:
-        head_cfg = composed([f"head={settings['head']}"]).head
-        if "blocks" in settings:
-            head_cfg.blocks = settings["blocks"]
+        head_cfg = _option_of_grid(cfg, settings)
         result.append((head_cfg, settings))
     return result
+
+
+def _option_of_grid(cfg: DictConfig, settings: Mapping[str, Any]) -> DictConfig:
+    """The config of one head of a grid: its own option, with the grid's arguments on top."""
+    head_cfg: DictConfig = composed([f"head={settings['head']}"]).head
+    blocks = {"blocks": settings["blocks"]} if "blocks" in settings else {}
+    for key, value in {**plain(cfg.head.arguments), **blocks}.items():
+        if key not in head_cfg:
+            raise unknown_name(f"argument of head={settings['head']}:", key, [str(known) for known in head_cfg])
+        head_cfg[key] = value
+    return head_cfg
 
 
 def _load_head(cfg: DictConfig, head: Head, weights: str, option: str) -> None:
@@ -238,12 +245,9 @@ def _measured(cfg: DictConfig, head: Head) -> Candidate:
 
 def card(cfg: DictConfig, made: Parts, candidate: Candidate) -> Card:
     """What the artefact of `candidate` must say to be used again."""
-    arguments = dict(made.head_arguments)
-    if "heads" in arguments:  # a grid: the arguments are those of the winner's own option
-        settings = candidate.settings
-        own = plain(composed([f"head={settings['head']}"]).head)
-        arguments = {k: v for k, v in own.items() if k not in ("_target_", "_partial_", "weights")}
-        arguments.update({k: v for k, v in settings.items() if k == "blocks"})
+    arguments = _arguments(cfg.head)
+    if "heads" in cfg.head:  # a grid: the arguments are those of the winner's own option
+        arguments = _arguments(_option_of_grid(cfg, candidate.settings))
     backbone_arguments = {key: value for key, value in plain(cfg.backbone).items() if key != "_target_"}
     weights = backbone_arguments.get("weights")
     if weights not in (None, "official", "in-house") and Path(str(weights)).exists():
@@ -266,6 +270,11 @@ def card(cfg: DictConfig, made: Parts, candidate: Candidate) -> Card:
         licence={"code": "Apache-2.0", "data": cfg.task.licence},
         overrides=list(HydraConfig.get().overrides.task),
     )
+
+
+def _arguments(head_cfg: DictConfig) -> dict[str, Any]:
+    """The plain arguments of a head, without Hydra's keys and ours."""
+    return {key: value for key, value in plain(head_cfg).items() if key not in ("_target_", "_partial_", "weights")}
 
 
 def loggers(cfg: DictConfig, folder: Path) -> list[Logger]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -139,6 +139,10 @@ def _translated(error: BaseException | None) -> UserError | None:
             return unknown_name(f"key in {where}:", found[1], [str(key) for key in known])
         if found := re.search(r"Missing mandatory value: ([\w.]+)", text):
             return UserError(f"{found[1]} is not set and has no default. Set it: {found[1]}=VALUE.")
+        if isinstance(error, OverrideParseException):
+            reason = str(error).splitlines()[0]
+            hint = "Expected key=value; values with braces, commas or spaces need quotes: \"key='value'\"."
+            return UserError(f"Cannot read {error.override!r} ({reason}). {hint}")
         if isinstance(error, HydraException | OmegaConfBaseException):
             if error.__cause__ is not None and (deeper := _translated(error.__cause__)):
                 return deeper

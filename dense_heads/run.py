@@ -49,6 +49,8 @@ def _set_up_logging() -> None:
         ".*does not have many workers.*",
         ".*is smaller than the logging interval.*",
         ".*module\\(s\\) in eval mode.*",
+        ".*your dataloader is not resumable.*",  # it is: it starts at the checkpoint's step
+        ".*treespec, LeafSpec.*",
     ):
         warnings.filterwarnings("ignore", text)
 

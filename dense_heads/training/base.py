@@ -193,6 +193,7 @@ class DenseModule(pl.LightningModule):
         self.results[stage] = Result(self.global_step, scores, per_class)
         best = scores[self.leader()]
         self.log_dict({f"{stage}/{name}": value for name, value in best.items()}, rank_zero_only=True)
+        self.log("step", float(self.global_step - 1), rank_zero_only=True)  # the row in the logs, counted from 0
         if len(self.candidates) > 1:
             each = {
                 f"{stage}/{self.primary}/{candidate.name}": own[self.primary]

@@ -1,0 +1,139 @@
+"""A killed run goes on and ends with the same bits as one that was never stopped."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from dense_heads.__main__ import main
+from dense_heads.errors import UserError
+from dense_heads.training.checkpoints import load_checkpoint, newest_checkpoint
+
+STEPS = 24
+# Two candidates with dropout, augmentation by default, two loader processes; 7 images in batches of 4, so that an epoch
+# ends in the middle of a batch; a checkpoint every 5 steps, validations in between.
+HARD = [
+    "head=grid",
+    "head.heads=[linear,linear4]",
+    "head.lr=[1e-2]",
+    "+head.arguments.dropout=0.2",
+    "data.num_workers=2",
+    f"trainer.max_steps={STEPS}",
+    "trainer.val_check_interval=8",
+    "callbacks.checkpoints.every=5",
+    "data.image_size=70",
+]
+
+
+def start(arguments):
+    return subprocess.Popen(
+        [sys.executable, "-m", "dense_heads", *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def kill_after(process, run, step):
+    """Kill -9 as soon as the run has written a checkpoint at or beyond `step`, a moment later."""
+    for _ in range(1200):
+        done = [int(path.stem.split("=")[1]) for path in (run / "checkpoints").glob("step=*.ckpt")]
+        if max(done, default=0) >= step:
+            time.sleep(0.15)  # into the steps that follow the checkpoint
+            break
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+
+def test_a_killed_run_ends_with_the_same_bits(tiny, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    reference = start([*tiny, *HARD, f"run_dir={whole}"])
+    process = start([*tiny, *HARD, f"run_dir={killed}"])
+    kill_after(process, killed, step=5)
+    assert not (killed / "head.safetensors").exists()
+    kill_after(start([f"resume={killed}"]), killed, step=15)
+    last = start([f"resume={killed}"])
+    output = last.communicate(timeout=300)[0]
+    assert last.returncode == 0, output
+    assert "going on from step" in output
+    assert reference.wait(timeout=300) == 0, reference.communicate()[0]
+
+    ours, theirs = load_file(killed / "head.safetensors"), load_file(whole / "head.safetensors")
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    states = [load_checkpoint(run / "checkpoints" / f"step={STEPS:08d}.ckpt") for run in (killed, whole)]
+    for one, other in zip(*[list(tensors(state["optimizer_states"])) for state in states], strict=True):
+        assert torch.equal(one, other)
+    for name in ("metrics.csv", "grid.csv"):
+        assert (killed / name).read_text() == (whole / name).read_text()
+
+
+def tensors(node):
+    if isinstance(node, torch.Tensor):
+        yield node
+    elif isinstance(node, dict | list | tuple):
+        for item in node.values() if isinstance(node, dict) else node:
+            yield from tensors(item)
+
+
+@pytest.fixture(scope="module")
+def finished(tiny, tmp_path_factory):
+    run = tmp_path_factory.mktemp("run") / "run"
+    assert main([*tiny, "callbacks.checkpoints.every=2", f"run_dir={run}"]) == 0
+    return run
+
+
+def test_a_spoilt_newest_checkpoint_gives_way_to_the_one_before(finished, tmp_path):
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    found = sorted((finished / "checkpoints").glob("step=*.ckpt"))
+    assert len(found) == 2  # the last two are kept
+    for path in found:
+        (folder / path.name).write_bytes(path.read_bytes())
+    newest = folder / found[-1].name
+    newest.write_bytes(newest.read_bytes()[:1000])
+    assert newest_checkpoint(folder).name == found[0].name
+    (folder / found[0].name).write_bytes(b"")
+    with pytest.raises(UserError, match="none of them whole"):
+        newest_checkpoint(folder)
+
+
+def test_a_checkpoint_holds_no_backbone_and_no_code(finished, tmp_path):
+    checkpoint = load_checkpoint(newest_checkpoint(finished / "checkpoints"))
+    assert not any("backbone" in key for key in checkpoint["state_dict"])
+
+    class Hostile:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "opened"), "w"))
+
+    torch.save({"state_dict": {}, "x": Hostile()}, tmp_path / "step=00000001.ckpt")
+    with pytest.raises(UserError, match="cannot be read"):
+        load_checkpoint(tmp_path / "step=00000001.ckpt")
+    assert not (tmp_path / "opened").exists()
+
+
+def test_a_finished_run_is_trained_longer(finished, tiny):
+    assert main([f"resume={finished}", "trainer.max_steps=8"]) == 0
+    assert (finished / "metrics.csv").read_text().splitlines()[-1].startswith("8,")
+
+
+def test_a_resumed_run_cannot_become_another_one(finished, capsys):
+    assert main([f"resume={finished}", "optim.lr=1", "data.image_size=56"]) == 2
+    message = capsys.readouterr().err
+    assert "optim.lr" in message and "data.image_size" in message
+
+
+def test_resume_of_nothing_is_refused(tmp_path, capsys):
+    assert main([f"resume={tmp_path}"]) == 2
+    assert "no run is there" in capsys.readouterr().err
+
+
+def test_resume_auto_starts_and_goes_on(tiny, tmp_path):
+    auto = [*tiny, f"run_dir={tmp_path / 'run'}", "resume=auto"]
+    assert main([*auto, "trainer.max_steps=3"]) == 0
+    first = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
+    assert main([*auto, "trainer.max_steps=6"]) == 0
+    assert (tmp_path / "run" / "metrics.csv").read_text().splitlines()[1:3] == first[1:3]
+    assert main([*tiny, f"run_dir={tmp_path / 'run'}"]) == 2  # not without saying so
