@@ -25,7 +25,9 @@ def recompose(arguments: Sequence[str]) -> list[str]:
         UserError: no such run, or its file of overrides is unreadable or tries to choose what code runs.
     """
     run = named_run(arguments)
-    return [*read_overrides(run), *arguments] if run else list(arguments)
+    kept = read_overrides(run) if run else []
+    # A process that a rank started finds them on its command line already.
+    return [*(override for override in kept if override not in arguments), *arguments]
 
 
 def named_run(arguments: Sequence[str]) -> Path | None:

@@ -51,6 +51,7 @@ def _set_up_logging() -> None:
         ".*module\\(s\\) in eval mode.*",
         ".*your dataloader is not resumable.*",  # it is: it starts at the checkpoint's step
         ".*treespec, LeafSpec.*",
+        ".*sync_dist=True.*",  # what is logged has been summed over the processes already
     ):
         warnings.filterwarnings("ignore", text)
 

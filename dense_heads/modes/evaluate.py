@@ -6,13 +6,13 @@ from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.utilities import rank_zero_only
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from dense_heads import build
 from dense_heads.errors import UserError
 from dense_heads.models.artefact import trained_head
 from dense_heads.modes.fit import measure
-from dense_heads.modes.folder import make_unique, run_folder, time_stamp
+from dense_heads.modes.folder import evaluation_folder, run_folder
 from dense_heads.modes.outcome import Measured, write_outcome
 from dense_heads.report.html import write_report
 from dense_heads.report.tables import print_tables
@@ -32,7 +32,7 @@ def main(cfg: DictConfig) -> float:
     if cfg.model is not None:
         heads = [trained_head(Path(cfg.model), build.backbone(cfg), cfg.task.num_classes)]
     parts = build.parts(cfg, heads=heads)
-    folder = _folder(cfg)
+    folder = run_folder(cfg) if cfg.model is None else evaluation_folder(cfg)
     trainer = build.trainer(cfg, folder, parts, [])
     stage = measure(trainer, parts)
     if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
@@ -44,11 +44,3 @@ def main(cfg: DictConfig) -> float:
         log.info("report %s", folder / "report.html")
     leader = parts.module.leader()
     return parts.module.results[stage].scores[leader][parts.module.primary]
-
-
-def _folder(cfg: DictConfig) -> Path:
-    if cfg.model is None:
-        return run_folder(cfg)
-    folder = make_unique(Path(cfg.model, "evaluate"), time_stamp())
-    (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
-    return folder

@@ -44,19 +44,30 @@ def make_unique(parent: Path, name: str) -> Path:
 
 def run_folder(cfg: DictConfig) -> Path:
     """This run's folder, holding `config.yaml` and `overrides.yaml`; the same one in every process."""
-    if rank_zero_only.rank != 0 or os.environ.get("LOCAL_RANK", "0") != "0":  # type: ignore[attr-defined]
-        return _told_folder(cfg)
-    folder = _chosen_folder(cfg)
-    os.environ[_TOLD] = str(folder)
-    (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
+    if not _is_first_process():
+        # Ranks that a cluster started were told nothing: all derive the same name.
+        return Path(os.environ[_TOLD]) if _TOLD in os.environ else _named_folder(cfg)
+    folder = _tell(_chosen_folder(cfg), cfg)
     keep_overrides(folder, HydraConfig.get().overrides.task)
     return folder
 
 
-def _told_folder(cfg: DictConfig) -> Path:
-    if _TOLD in os.environ:
-        return Path(os.environ[_TOLD])
-    return _named_folder(cfg)  # ranks that a cluster started: all derive the same name
+def evaluation_folder(cfg: DictConfig) -> Path:
+    """`RUN/evaluate/<time>` for a measurement of `model=RUN`, the same one in every process."""
+    if not _is_first_process():
+        return Path(os.environ[_TOLD]) if _TOLD in os.environ else Path(cfg.model, "evaluate", str(_job_id())).resolve()
+    parent = Path(cfg.model, "evaluate")
+    return _tell(make_unique(parent, _job_id() or time_stamp()), cfg)
+
+
+def _is_first_process() -> bool:
+    return rank_zero_only.rank == 0 and os.environ.get("LOCAL_RANK", "0") == "0"  # type: ignore[attr-defined]
+
+
+def _tell(folder: Path, cfg: DictConfig) -> Path:
+    os.environ[_TOLD] = str(folder)
+    (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
+    return folder
 
 
 def _chosen_folder(cfg: DictConfig) -> Path:

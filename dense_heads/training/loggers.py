@@ -96,6 +96,7 @@ def wandb_logger(
         id=id_file.read_text(encoding="utf-8") if id_file.is_file() else None,
         save_dir=str(folder),
         offline=mode == "offline",
+        mode=mode,  # Lightning's `offline` alone sets an environment variable that wandb may have read before
         resume=None if mode == "offline" else "allow",
         config=dict(config),
     )
@@ -104,7 +105,7 @@ def wandb_logger(
 def _why_offline(wandb: Any) -> str | None:
     if os.environ.get("WANDB_MODE") in ("offline", "disabled"):
         return f"WANDB_MODE={os.environ['WANDB_MODE']}"
-    if not (os.environ.get("WANDB_API_KEY") or wandb.api.api_key):
+    if not (os.environ.get("WANDB_API_KEY") or wandb.login(prompt=False, verify=False)):
         return "there is no API key (wandb login)"
     host = os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai").split("//")[-1].split("/")[0]
     name, _, port = host.partition(":")
@@ -122,7 +123,7 @@ def finish_loggers(loggers: list[Logger], summary: Mapping[str, float]) -> None:
             run: Any = getattr(logger, "experiment")  # noqa: B009 - WandbLogger's, which is not imported here
             run.summary.update(dict(summary))
             offline, folder = run.offline, Path(run.dir).parent
-            run.finish(quiet=True)
+            run.finish()
             if offline:
                 log.info("To upload the offline run: wandb sync %s", folder)
         else:
