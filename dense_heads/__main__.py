@@ -8,7 +8,7 @@ from dense_heads.paths import CONF_DIR
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line `argv` (default: this process's own); returns the exit code: 0 or, for a user's mistake, 2."""
+    """Run the command line `argv` (default: the process's own); returns the exit code: 0, or 2 for a user's mistake."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if command.asks_for_help(arguments):
         return command.print_help()

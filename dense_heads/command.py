@@ -18,6 +18,7 @@ from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from dense_heads import recompose as _recompose
 from dense_heads.errors import UserError, unknown_name, user_error_in
@@ -67,10 +68,12 @@ def print_help() -> int:
         if names:
             print(f"\n{group.capitalize()}\n  {'  '.join(names)}")
     print(
-        "\nOften set: data.root data.batch_size data.num_workers trainer.max_steps optim.lr seed backbone.weights head.weights"
+        "\nOften set: data.root data.batch_size data.num_workers trainer.max_steps optim.lr seed"
+        " backbone.weights head.weights"
     )
     print(
-        "Print the whole config of a run without running it: --cfg job. Several runs: -m key=a,b. Tracebacks: debug=traceback."
+        "The whole config of a run, without running it: --cfg job. Several runs: -m key=a,b."
+        " Tracebacks: debug=traceback."
     )
     return 0
 
@@ -139,6 +142,10 @@ def _translated(error: BaseException | None) -> UserError | None:
             return unknown_name(f"key in {where}:", found[1], [str(key) for key in known])
         if found := re.search(r"Missing mandatory value: ([\w.]+)", text):
             return UserError(f"{found[1]} is not set and has no default. Set it: {found[1]}=VALUE.")
+        if text.startswith("Config group override must be a string or a list"):
+            return UserError("A group cannot be null. Choose one of its options (--help), or remove it: '~GROUP'.")
+        if isinstance(error, YAMLError):
+            return UserError(f"Not readable as YAML: {text}. Correct the file.")
         if isinstance(error, OverrideParseException):
             reason = str(error).splitlines()[0]
             hint = "Expected key=value; values with braces, commas or spaces need quotes: \"key='value'\"."

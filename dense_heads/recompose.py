@@ -1,9 +1,10 @@
 """Runs are recomposed: a run keeps what was typed for it, and a later command is typed after that.
 
-`mode=evaluate model=RUN data.root=D` becomes the run's own overrides with `mode=... model=... data.root=...` behind them,
-so that Hydra itself composes the run's choices with the new ones on top (a later duplicate wins).
+`mode=evaluate model=RUN data.root=D` becomes the run's own overrides with `mode=... model=... data.root=...` behind
+them, so that Hydra itself composes the run's choices with the new ones on top (a later duplicate wins).
 """
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from dense_heads.errors import UserError
+from dense_heads.paths import CONF_DIR
 
 OVERRIDES_FILE = "overrides.yaml"
 # Of one command, not of the run: never kept, or meaningless when the run is composed again.
@@ -59,12 +61,21 @@ def read_overrides(run: Path) -> list[str]:
         ) from error
     for override in parsed:
         key, text = override.key_or_group, override.input_line or ""
-        if key == "hydra" or key.startswith(("hydra.", "hydra/")) or "_target_" in text or "${" in text:
+        foreign = key == "hydra" or key.startswith(("hydra.", "hydra/")) or override.package is not None
+        # Hydra takes the backslash of `$\{` away, and an option's name with a path loads a file from anywhere.
+        runs_code = "_target_" in text or re.search(r"\$\\*\{", text) or _is_path_of_option(key, text)
+        if foreign or runs_code or key in _PER_COMMAND:
             raise UserError(
-                f"{path} holds {text!r}: a run folder may not set Hydra's own keys, a `_target_` or an interpolation. "
+                f"{path} holds {text!r}: a run folder may not set Hydra's own keys, a `_target_`, an interpolation, an "
+                "option outside conf/ and tasks/, or what belongs to one command (mode, output, ...). "
                 "If you trust the folder, remove the line and type it on the command line."
             )
     return overrides
+
+
+def _is_path_of_option(key: str, text: str) -> bool:
+    is_group = (CONF_DIR / key).is_dir() or "/" in key
+    return is_group and re.fullmatch(r"[\w\s\[\],'\"-]*", text.partition("=")[2]) is None
 
 
 def keep_overrides(run: Path, overrides: Sequence[str]) -> list[str]:
@@ -75,7 +86,12 @@ def keep_overrides(run: Path, overrides: Sequence[str]) -> list[str]:
         if key.lstrip("+~") in _PER_COMMAND or override == "debug=traceback":
             continue
         if key in ("data.root", "backbone.weights", "head.weights") and value and Path(value).exists():
-            override = f"{key}={Path(value).resolve()}"
+            override = f"{key}={_quoted(str(Path(value).resolve()))}"
         kept.append(override)
     (run / OVERRIDES_FILE).write_text(yaml.safe_dump(kept, allow_unicode=True), encoding="utf-8")
     return kept
+
+
+def _quoted(path: str) -> str:
+    """A path as the override grammar reads it: `=`, `,`, braces and the like only within quotes."""
+    return path if re.fullmatch(r"[\w./-]+", path) else "'" + path.replace("'", "\\'") + "'"

@@ -1,5 +1,6 @@
 """Benchmarks: every `tasks/<name>/task.yaml` becomes the option `<name>` of Hydra's group `task`."""
 
+import re
 from pathlib import Path
 
 from hydra.core.config_store import ConfigStore
@@ -17,7 +18,7 @@ def register_tasks(tasks_dir: Path = TASKS_DIR) -> None:
     """
     store = ConfigStore.instance()
     for path in sorted(tasks_dir.glob("*/task.yaml")):
-        if path.read_text(encoding="utf-8").lstrip().startswith("# @package"):
+        if re.match(r"(?:\s*#.*\n)*?\s*#\s*@package", path.read_text(encoding="utf-8")):
             raise UserError(
                 f"{path}: a task file cannot have a '# @package' header. Remove it: tasks stand under `task`."
             )

@@ -16,6 +16,15 @@ from rich.logging import RichHandler
 from dense_heads.command import MODES, PLANNED_MODES
 from dense_heads.errors import UserError, unknown_name
 
+_WHOLE_NUMBERS = (
+    "seed", "task.num_classes", "data.batch_size", "data.image_size", "data.num_workers", "trainer.max_steps",
+)  # fmt: skip
+_NUMBERS = ("optim.lr", "optim.weight_decay", "optim.clip_norm")
+_CHOICES = {
+    "task.protocol.select": ("last", "best"),
+    "task.metrics.direction": ("max", "min"),
+}
+
 
 def run(cfg: DictConfig) -> float | None:
     """Start `cfg.mode`; returns the primary metric where the mode measures one (sweepers read it)."""
@@ -24,6 +33,7 @@ def run(cfg: DictConfig) -> float | None:
         raise UserError(f"mode={cfg.mode} is planned, but not there yet. Modes that work: {', '.join(MODES)}.")
     if cfg.mode not in MODES:
         raise unknown_name("mode", str(cfg.mode), MODES)
+    _refuse_bad_values(cfg)
     _refuse_unused_data_keys(cfg)
     _refuse_ranks_inside_a_sweep(cfg)
     measured: float | None = importlib.import_module(f"dense_heads.modes.{cfg.mode}").main(cfg)
@@ -54,6 +64,18 @@ def _set_up_logging() -> None:
         ".*sync_dist=True.*",  # what is logged has been summed over the processes already
     ):
         warnings.filterwarnings("ignore", text)
+
+
+def _refuse_bad_values(cfg: DictConfig) -> None:
+    """What is often typed, before it fails somewhere deep; constructors check the rest."""
+    for key in _WHOLE_NUMBERS + _NUMBERS:
+        value, kind = OmegaConf.select(cfg, key), int if key in _WHOLE_NUMBERS else int | float
+        if (value is None and key != "seed") or (isinstance(value, kind) and not isinstance(value, bool)):
+            continue
+        raise UserError(f"{key}={value}: expected a {'whole ' if kind is int else ''}number.")
+    for key, known in _CHOICES.items():
+        if (value := OmegaConf.select(cfg, key)) not in known:
+            raise unknown_name(f"{key}:", str(value), known)
 
 
 def _refuse_unused_data_keys(cfg: DictConfig) -> None:

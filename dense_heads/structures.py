@@ -25,6 +25,9 @@ class Padding(NamedTuple):
     bottom: int = 0
 
 
+NO_PADDING = Padding()
+
+
 class FeatureRequest(NamedTuple):
     """What a head wants from the backbone: which blocks (0-based, ascending), final norm applied or not."""
 
@@ -39,7 +42,7 @@ class Features:
     patch_maps: tuple[Tensor, ...]  # L x (B, D, h, w)
     cls_tokens: tuple[Tensor, ...]  # L x (B, D)
     image_size: Size  # (H, W) before padding
-    padding: Padding = Padding()
+    padding: Padding = NO_PADDING
 
 
 class Batch(TypedDict, total=False):

@@ -5,9 +5,7 @@ which plain arguments, the classes, the preprocessing and the windows it was mea
 """
 
 import importlib
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,34 +14,14 @@ from safetensors.torch import load_file, save_file
 
 from dense_heads.backbones.weights import load_backbone
 from dense_heads.backbones.zoo import resolve_blocks
-from dense_heads.data.transforms import EvalTransform
 from dense_heads.errors import UserError
 from dense_heads.heads.base import Head
-from dense_heads.models.dense import FrozenBackbone
-from dense_heads.models.inference import Inference
+from dense_heads.models.card import Card, read_card, write_card
+from dense_heads.models.dense import DenseModel, FrozenBackbone
 from dense_heads.models.segmentor import Segmentor
 
-HEAD_FILE, CARD_FILE = "head.safetensors", "card.json"
-MODELS: dict[str, type[Segmentor]] = {"segmentation": Segmentor}
-
-
-@dataclass(frozen=True)
-class Card:
-    """What `card.json` holds; plain values only."""
-
-    family: str
-    task: str
-    backbone: dict[str, Any]  # arguments of load_backbone, and the fingerprint
-    head: dict[str, Any]  # name, target, arguments
-    num_outputs: int
-    classes: list[str]
-    colours: list[list[int]]
-    labels: dict[str, Any]  # raw value -> class, for predictions in raw ids
-    preprocessing: dict[str, Any]  # arguments of EvalTransform, and the patch fit
-    inference: dict[str, Any]  # arguments of Inference
-    licence: dict[str, str]
-    overrides: list[str] = field(default_factory=list)
-    version: int = 1
+HEAD_FILE = "head.safetensors"
+MODELS: dict[str, type[DenseModel]] = {"segmentation": Segmentor}
 
 
 def head_target(head: type) -> str:
@@ -55,25 +33,7 @@ def save_artefact(folder: Path, head: Head, card: Card) -> None:
     """Write both files into `folder`."""
     tensors = {key: value.detach().contiguous().cpu() for key, value in head.state_dict().items()}
     save_file(tensors, folder / HEAD_FILE, metadata={"format": "pt", "task": card.task, "head": card.head["name"]})
-    (folder / CARD_FILE).write_text(json.dumps(asdict(card), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def read_card(folder: Path) -> Card:
-    """The card of a run folder or artefact.
-
-    Raises:
-        UserError: no finished run is there, or the card is not readable.
-    """
-    path = (folder if folder.is_dir() else folder.parent) / CARD_FILE
-    if not path.is_file():
-        raise UserError(
-            f"{folder} holds no trained head ({CARD_FILE} is missing). Expected the folder of a finished run; "
-            "one that was stopped goes on with resume=RUN."
-        )
-    try:
-        return Card(**json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path} is not a card that this version reads: {error}.") from error
+    write_card(folder, card)
 
 
 def make_head(target: str, arguments: Mapping[str, Any], num_outputs: int, backbone: FrozenBackbone) -> Head:
@@ -140,7 +100,18 @@ def trained_head(folder: Path, backbone: FrozenBackbone, num_outputs: int | None
     return head
 
 
-def load_model(path: str | Path, device: str = "cpu") -> Segmentor:
+def assemble(card: Card, backbone: FrozenBackbone, head: Head) -> DenseModel:
+    """The model of the card's family.
+
+    Raises:
+        UserError: a family that there is not.
+    """
+    if card.family not in MODELS:
+        raise UserError(f"The card's family {card.family!r} is not one of {', '.join(MODELS)}.")
+    return MODELS[card.family](backbone, head, card).eval()
+
+
+def load_model(path: str | Path, device: str = "cpu") -> DenseModel:
     """A trained model, ready for `predict`: from a finished run's folder, or its `head.safetensors`.
 
     Raises:
@@ -150,11 +121,6 @@ def load_model(path: str | Path, device: str = "cpu") -> Segmentor:
     folder = Path(path)
     folder = folder if folder.is_dir() else folder.parent
     card = read_card(folder)
-    if card.family not in MODELS:
-        raise UserError(f"{folder / CARD_FILE}: family {card.family!r} is not one of {', '.join(MODELS)}.")
     arguments = {key: value for key, value in card.backbone.items() if key != "fingerprint"}
     backbone = FrozenBackbone(load_backbone(**arguments), card.preprocessing["patch_fit"])
-    head = trained_head(folder, backbone)
-    transform = {key: value for key, value in card.preprocessing.items() if key != "patch_fit"}
-    model = MODELS[card.family](backbone, head, EvalTransform(**transform), Inference(**card.inference), card.classes)
-    return model.eval().to(device)
+    return assemble(card, backbone, trained_head(folder, backbone)).to(device)

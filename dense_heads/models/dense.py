@@ -4,14 +4,20 @@ Freezing happens here and nowhere else: no gradient, `eval()` kept through `.tra
 """
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dense_heads.backbones.base import Backbone
 from dense_heads.backbones.zoo import resolve_blocks
+from dense_heads.data.images import read_image, to_uint8
+from dense_heads.data.transforms import EvalTransform
 from dense_heads.heads.base import Head
+from dense_heads.models.card import Card
+from dense_heads.models.inference import Inference
 from dense_heads.ops.pad import fit_to_patch, unpad_map
 from dense_heads.ops.resize import resize
 from dense_heads.structures import FeatureRequest, Features, Size
@@ -96,18 +102,36 @@ def _stand_in_for_itself(module: nn.Module, state: dict[str, Any], prefix: str, 
 
 
 class DenseModel(nn.Module):
-    """Frozen backbone + one head: what is trained, kept, loaded and used."""
+    """Frozen backbone + one head + its card: what is trained, kept, loaded and used; a family adds `decode`."""
 
-    def __init__(self, backbone: FrozenBackbone, head: Head) -> None:
+    def __init__(self, backbone: FrozenBackbone, head: Head, card: Card) -> None:
+        """`card` says how images are prepared and looked at; `transform` and `inference` may be changed after."""
         super().__init__()
         self.backbone = backbone
         self.head = head
+        self.card = card
+        self.transform = EvalTransform(**{k: v for k, v in card.preprocessing.items() if k != "patch_fit"})
+        self.inference = Inference(**card.inference)
 
     def forward(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) normalised -> the dense prediction (B, K, H, W) at the batch's own size."""
+        """(B, C, H, W) normalised -> the head's prediction (B, K, H, W) at the batch's own size."""
         return self.backbone.predict_all(images, [self.head])[0]
 
-    def size_of(self) -> Size:
-        """Parameters of backbone and head."""
-        counts = [sum(p.numel() for p in part.parameters()) for part in (self.backbone, self.head)]
-        return counts[0], counts[1]
+    def decode(self, views: Sequence[Tensor], size: Size) -> Tensor:
+        """The prediction (H, W) of one image at `size`, from its normalised test views, each (C, h, w)."""
+        raise NotImplementedError
+
+    @torch.inference_mode()
+    def predict(self, image: Any) -> np.ndarray:
+        """The prediction (H, W) at the image's own size: class ids int64, or metres float32.
+
+        `image`: a path, a PIL image, a uint8 array (H, W, 3) or (H, W), or a uint8 tensor (3, H, W).
+
+        Raises:
+            UserError: the image cannot be read.
+        """
+        pixels = read_image(image) if isinstance(image, str | Path) else to_uint8(image)
+        device = next(self.head.parameters()).device
+        views = [view.to(device) for view in self.transform(pixels)]
+        prediction: np.ndarray = self.decode(views, (int(pixels.shape[0]), int(pixels.shape[1]))).cpu().numpy()
+        return prediction

@@ -8,7 +8,9 @@ from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
-from dense_heads import build
+from dense_heads.build.heads import backbone
+from dense_heads.build.parts import make_parts
+from dense_heads.build.training import make_trainer
 from dense_heads.errors import UserError
 from dense_heads.models.artefact import trained_head
 from dense_heads.modes.fit import measure
@@ -30,10 +32,10 @@ def main(cfg: DictConfig) -> float:
         )
     heads = None
     if cfg.model is not None:
-        heads = [trained_head(Path(cfg.model), build.backbone(cfg), cfg.task.num_classes)]
-    parts = build.parts(cfg, heads=heads)
+        heads = [trained_head(Path(cfg.model), backbone(cfg), cfg.task.num_classes)]
+    parts = make_parts(cfg, heads=heads)
     folder = run_folder(cfg) if cfg.model is None else evaluation_folder(cfg)
-    trainer = build.trainer(cfg, folder, parts, [])
+    trainer = make_trainer(cfg, folder, parts, [])
     stage = measure(trainer, parts)
     if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
         seconds = {"total": time.monotonic() - started}

@@ -13,7 +13,11 @@ from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
-from dense_heads import build
+from dense_heads.build.config import recomposed
+from dense_heads.build.data import SPLIT_FILE
+from dense_heads.build.model import run_card
+from dense_heads.build.parts import Parts, make_parts
+from dense_heads.build.training import make_loggers, make_trainer
 from dense_heads.models.artefact import save_artefact
 from dense_heads.modes.folder import run_folder
 from dense_heads.modes.outcome import Measured, write_outcome
@@ -25,17 +29,19 @@ from dense_heads.training.loggers import MetricsCsv, finish_loggers
 
 log = logging.getLogger("dense_heads")
 
+TITLES = {"pixels": "raw pixels"}  # of baselines, in reports
+
 
 def main(cfg: DictConfig) -> float:
     """Train, select, measure, write; returns the primary metric."""
     started = time.monotonic()
-    parts = build.parts(cfg)  # every mistake that shows cheaply shows here, before a folder is made
+    parts = make_parts(cfg)  # every mistake that shows cheaply shows here, before a folder is made
     folder = run_folder(cfg)
     log.info("run folder %s", folder)
-    if parts.made_split is not None and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
-        (folder / build.SPLIT_FILE).write_text(json.dumps(parts.made_split, indent=1), encoding="utf-8")
-    loggers = build.loggers(cfg, folder)
-    trainer = build.trainer(cfg, folder, parts, loggers)
+    if parts.loaded.made_split is not None and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+        (folder / SPLIT_FILE).write_text(json.dumps(parts.loaded.made_split, indent=1), encoding="utf-8")
+    loggers = make_loggers(cfg, folder)
+    trainer = make_trainer(cfg, folder, parts, loggers)
     checkpoint = _checkpoint_to_resume(cfg, folder, loggers[0])
     training_started = time.monotonic()
     trainer.fit(parts.module, parts.data, ckpt_path=checkpoint, weights_only=True)
@@ -50,7 +56,7 @@ def main(cfg: DictConfig) -> float:
     score = parts.module.results[stage].scores[parts.module.leader()][parts.module.primary]
     if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
         leader = parts.module.candidates[parts.module.leader()]
-        save_artefact(folder, leader.head, build.card(cfg, parts, leader))
+        save_artefact(folder, leader.head, run_card(cfg, parts, leader))
         measured = Measured(
             cfg, parts, stage, trainer.global_step, seconds, HydraConfig.get().runtime.choices, baseline
         )
@@ -62,7 +68,7 @@ def main(cfg: DictConfig) -> float:
     return score
 
 
-def measure(trainer: Any, parts: build.Parts) -> str:
+def measure(trainer: Any, parts: Parts) -> str:
     """Measure on the test split, or on validation where there is none; returns the stage's name.
 
     A validation that has just run on these very weights is not run again.
@@ -99,9 +105,10 @@ def _baseline(cfg: DictConfig) -> dict[str, Any] | None:
     if name is None or name == cfg.backbone.name:
         return None
     log.info("for comparison: the same head on backbone=%s", name)
-    other = build.recomposed(cfg, [f"backbone={name}"])
-    parts = build.parts(other, check=False)
-    trainer = build.trainer(other, None, parts, [])
+    other = recomposed("backbone", name)
+    other.resume, other.trainer.max_steps = None, cfg.trainer.max_steps
+    parts = make_parts(other, check=False)
+    trainer = make_trainer(other, None, parts, [])
     trainer.fit(parts.module, parts.data)
     stage = measure(trainer, parts)
     module: DenseModule = parts.module
@@ -109,4 +116,4 @@ def _baseline(cfg: DictConfig) -> dict[str, Any] | None:
     assert not math.isnan(scores[module.primary])
     del trainer
     torch.cuda.empty_cache()
-    return {"name": build.BACKBONE_TITLES.get(name, name), "metrics": {f"{stage}/{k}": v for k, v in scores.items()}}
+    return {"name": TITLES.get(name, name), "metrics": {f"{stage}/{k}": v for k, v in scores.items()}}

@@ -5,25 +5,20 @@ import json
 import math
 import platform
 import subprocess
-from collections.abc import Iterator, Mapping, Sized
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from dense_heads import build
+from dense_heads.build.config import plain
+from dense_heads.build.parts import Parts
+from dense_heads.modes.published import published_row
 from dense_heads.paths import CONF_DIR
 from dense_heads.training.checkpoints import write_atomically
-
-# What must equal the published row's own config; the rest (logger, workers, devices, folders) does not change a number.
-_DECIDING = (
-    "task.protocol", "task.transforms", "task.inference", "task.loss", "task.data.labels", "task.num_classes",
-    "head", "optim", "data.image_size", "data.batch_size", "trainer.max_steps", "trainer.precision",
-    "trainer.limit_val_batches", "trainer.accumulate_grad_batches", "backbone.patch_fit", "backbone.weights",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -31,7 +26,7 @@ class Measured:
     """A measurement and what it was made with."""
 
     cfg: DictConfig
-    parts: build.Parts
+    parts: Parts
     stage: str  # val | test
     step: int
     seconds: Mapping[str, float]
@@ -59,10 +54,11 @@ def _outcome(measured: Measured) -> dict[str, Any]:
     leader = module.leader()
     result = module.results[stage]
     colours = {
-        name: list(colour) for name, colour in zip(parts.classes.names, parts.classes.colours.tolist(), strict=True)
+        name: list(colour)
+        for name, colour in zip(parts.loaded.classes.names, parts.loaded.classes.colours.tolist(), strict=True)
     }
     head = module.candidates[leader].head
-    published = published_row(measured)
+    published = published_row(cfg, measured.choices.get("head", ""), parts)
     return {
         "task": cfg.task.name,
         "title": cfg.task.title,
@@ -86,11 +82,11 @@ def _outcome(measured: Measured) -> dict[str, Any]:
         "direction": module.direction,
         "protocol": {
             "split": "test" if stage == "test" else "validation (the task has no labelled test split)",
-            "images": {split: num for split, num in _num_images(parts).items() if split in ("train", stage)},
+            "images": {split: num for split, num in parts.loaded.num_images.items() if split in ("train", stage)},
             "steps": cfg.trainer.max_steps,
             "batch_size": cfg.data.batch_size,
             "image_size": cfg.data.image_size,
-            "inference": OmegaConf.to_container(cfg.task.inference, resolve=True),
+            "inference": plain(cfg.task.inference),
             "scales": list(cfg.task.transforms.eval.scales),
             "precision": cfg.trainer.precision,
             "select": cfg.task.protocol.select,
@@ -119,67 +115,6 @@ def _selected_on(cfg: DictConfig, num_candidates: int, stage: str) -> str:
     if stage == "val" and (num_candidates > 1 or cfg.task.protocol.select != "last"):
         chosen += ", which is also the split measured here: the number is optimistic"
     return chosen
-
-
-def published_row(measured: Measured) -> dict[str, Any] | None:
-    """The published number of exactly this backbone and head, or the nearest one, and why it is not comparable."""
-    cfg = measured.cfg
-    published = OmegaConf.to_container(cfg.task.published)
-    assert isinstance(published, dict)
-    head, name = measured.choices.get("head", ""), str(cfg.backbone.name)
-    plain = name.removesuffix("_reg")
-    value = published.get(head, {}).get(plain)
-    if value is None:
-        return None
-    row = f"{cfg.task.name} {plain} {head}"
-    reasons = [] if cfg.task.comparable else ["how the published number was reached is not known in full"]
-    if plain != name:
-        reasons.append(f"the number is of {plain}, without registers: none is published for {name}")
-    reasons += _differences(measured, f"{cfg.task.name}_{plain}_{head}")
-    expected = build.plain(cfg.task.published.images)
-    have = _num_images(measured.parts)
-    reasons += [
-        f"{have[split]:,} {split} images, published with {n:,}" for split, n in expected.items() if have[split] != n
-    ]
-    reasons += [note for note in measured.parts.notes if "not comparable" in note]
-    return {
-        "value": value,
-        "unit": published["unit"],
-        "source": published["source"],
-        "row": row,
-        "comparable": not reasons,
-        "not_comparable": reasons,
-    }
-
-
-def _num_images(parts: build.Parts) -> dict[str, int]:
-    splits = {"train": parts.data.train, "val": parts.data.val, "test": parts.data.test}
-    return {name: len(split) if isinstance(split, Sized) else 0 for name, split in splits.items()}
-
-
-def _differences(measured: Measured, experiment: str) -> list[str]:
-    """What in this run's config differs from the experiment that stands for the published row."""
-    cfg = measured.cfg
-    if not (CONF_DIR / "experiment" / f"{experiment}.yaml").is_file():
-        return ["there is no experiment file for this row"]
-    theirs = build.composed([f"experiment={experiment}", f"data.root={cfg.data.root}"])
-    found = []
-    for key in _DECIDING:
-        ours_flat = dict(_leaves(key, OmegaConf.select(cfg, key)))
-        theirs_flat = dict(_leaves(key, OmegaConf.select(theirs, key)))
-        for leaf in sorted(ours_flat.keys() | theirs_flat.keys()):
-            ours, published = ours_flat.get(leaf), theirs_flat.get(leaf)
-            if ours != published and leaf != "head.weights":
-                found.append(f"{leaf} is {ours!r}, published with {published!r}")
-    return found
-
-
-def _leaves(prefix: str, node: Any) -> Iterator[tuple[str, Any]]:
-    if isinstance(node, DictConfig):
-        for key in node:
-            yield from _leaves(f"{prefix}.{key!s}", OmegaConf.select(node, str(key)))
-    else:
-        yield prefix, OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
 
 
 def _candidates(measured: Measured) -> Iterator[dict[str, Any]]:

@@ -10,12 +10,10 @@ from omegaconf import DictConfig
 from PIL import Image
 from rich.progress import track
 
-from dense_heads import build
+from dense_heads.build.model import make_model
 from dense_heads.data.images import list_images, read_image
 from dense_heads.data.labels import LabelRule
 from dense_heads.errors import UserError
-from dense_heads.models.artefact import load_model, read_card
-from dense_heads.models.inference import Inference
 from dense_heads.report.pictures import overlay
 
 log = logging.getLogger("dense_heads")
@@ -26,17 +24,15 @@ def main(cfg: DictConfig) -> None:
 
     Writes `labels/NAME.png` (palette PNG of class ids at the image's own size) and `overlays/NAME.png`.
     """
-    if cfg.model is None or cfg.input is None or cfg.output is None:
+    if cfg.input is None or cfg.output is None:
         raise UserError("mode=predict needs model=RUN, input=FILE_OR_FOLDER and output=FOLDER.")
     if cfg.output_ids not in ("train", "raw"):
         raise UserError(f"output_ids={cfg.output_ids}; expected train (0 to K-1) or raw (the data set's own values).")
     images = _images(Path(cfg.input))
     output = Path(cfg.output)
-    card = read_card(Path(cfg.model))
-    model = load_model(cfg.model, device="cuda" if torch.cuda.is_available() else "cpu")
-    model.inference = Inference(**build.plain(cfg.task.inference))  # windows and flips may be typed anew
-    rule = LabelRule(**card.labels)
-    palette = np.array(card.colours, dtype=np.uint8)
+    model = make_model(cfg).to("cuda" if torch.cuda.is_available() else "cpu")
+    rule = LabelRule(**model.card.labels)
+    palette = np.array(model.card.colours, dtype=np.uint8)
     failed = []
     for source, name in track(list(_names(images, Path(cfg.input))), description="predict", transient=True):
         try:

@@ -1,8 +1,8 @@
 """What the LightningModules of all task families share.
 
-A module trains one or more *candidates* (a head with its own loss and hyper-parameters) on one stream of features. One
-head is a grid of one; nothing is special-cased. Losses are summed: the candidates share no parameter, so their gradients
-cannot mix. Each has its own parameter group, schedule, clipping and random numbers, so none disturbs another.
+A module trains one or more *candidates* (a head with its own loss and hyper-parameters) on one stream of features.
+One head is a grid of one; nothing is special-cased. Losses are summed: the candidates share no parameter, so their
+gradients cannot mix. Each has its own parameter group, schedule, clipping and random numbers: none disturbs another.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""Semantic segmentation: cross-entropy at label resolution in training, one confusion matrix over the data set after."""
+"""Semantic segmentation: the loss at label resolution, one confusion matrix over the data set."""
 
 from collections.abc import Sequence
 from typing import Any

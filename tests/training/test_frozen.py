@@ -6,7 +6,7 @@ import torch
 from dense_heads.backbones.weights import load_backbone
 from dense_heads.heads.linear import LinearHead
 from dense_heads.losses.segmentation import SegmentationLoss
-from dense_heads.models.dense import DenseModel, FrozenBackbone
+from dense_heads.models.dense import FrozenBackbone
 from dense_heads.models.inference import Inference
 from dense_heads.training.base import Candidate
 from dense_heads.training.optim import Schedule
@@ -110,6 +110,6 @@ def test_pad_exact_cuts_the_padding_out_and_pad_does_not():
     torch.manual_seed(0)
     images, head = torch.randn(1, 3, 30, 45), LinearHead([192], 2).eval()
     backbone = load_backbone("vitn14_reg", None)
-    pad, exact = (DenseModel(FrozenBackbone(backbone, fit), head)(images) for fit in ("pad", "pad_exact"))
+    pad, exact = (FrozenBackbone(backbone, fit).predict_all(images, [head])[0] for fit in ("pad", "pad_exact"))
     assert pad.shape == exact.shape == (1, 2, 30, 45)
     assert not torch.allclose(pad, exact)

@@ -1,0 +1,68 @@
+"""What the data of all families share: the reader of the on-disk format, and what a run decided about its data."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from torch.utils.data import Dataset
+
+from dense_heads.data.classes import Classes
+from dense_heads.data.datasets.base import Split
+from dense_heads.data.labels import LabelRule
+from dense_heads.errors import UserError
+from dense_heads.models.card import read_card
+
+SPLIT_FILE = "split.json"  # in the run folder: the split that was drawn because the data had none
+
+
+@dataclass
+class Loaded:
+    """A task's data, checked, as data sets; a split that is not there is None."""
+
+    train: Dataset[Any] | None
+    val: Dataset[Any] | None
+    test: Dataset[Any] | None  # only where it is labelled
+    collate_train: Callable[[list[Any]], Any]
+    collate_eval: Callable[[list[Any]], Any]
+    num_images: dict[str, int]
+    notes: list[str]
+    made_split: dict[str, list[str]] | None = None
+    classes: Classes = field(default_factory=lambda: Classes((), _no_colours(), False))
+    labels: LabelRule | None = None
+
+
+def _no_colours() -> Any:
+    import numpy as np
+
+    return np.zeros((0, 3), dtype=np.uint8)
+
+
+def read_samples(cfg: DictConfig) -> tuple[Any, dict[str, Sequence[Any]]]:
+    """The reader of the task's on-disk format, and the samples of each split; training needs all but a test split.
+
+    Raises:
+        UserError: no `data.root`, or a split that this mode needs is not there.
+    """
+    if cfg.data.root is None:
+        raise UserError(f"data.root is not set, and task={cfg.task.name} knows no place. Set data.root=FOLDER.")
+    arguments: dict[str, Any] = {"root": cfg.data.root, "hint": cfg.task.data.how_to_get}
+    run = own_run(cfg)
+    if run is not None and Path(run, SPLIT_FILE).is_file():  # what the run drew for itself is drawn no second time
+        arguments["split"] = json.loads(Path(run, SPLIT_FILE).read_text(encoding="utf-8"))
+    reader = instantiate(cfg.task.data.format, _partial_=True)(**arguments)
+    needed = {"train", "val"} if cfg.mode == "fit" else {"val"}
+    splits: tuple[Split, ...] = ("train", "val", "test")
+    there = needed | set(reader.available())
+    return reader, {split: reader.samples(split) if split in there else [] for split in splits}
+
+
+def own_run(cfg: DictConfig) -> str | None:
+    """The run that this command goes on with or measures, if it is of the same task."""
+    run: str | None = cfg.model or (cfg.resume if cfg.resume != "auto" else cfg.run_dir)
+    if cfg.model and read_card(Path(cfg.model)).task != cfg.task.name:
+        return None
+    return run

@@ -1,0 +1,102 @@
+"""The frozen backbone and the heads that a config asks for."""
+
+import functools
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from dense_heads.backbones.download import fetch
+from dense_heads.backbones.zoo import resolve_blocks
+from dense_heads.build.config import plain, recomposed
+from dense_heads.errors import UserError, unknown_name
+from dense_heads.heads.base import Head
+from dense_heads.heads.official import load_head_weights, official_head_url
+from dense_heads.models.dense import FrozenBackbone
+from dense_heads.ops.seeding import forked_rng, stable_seed
+from dense_heads.training.base import Candidate
+
+
+def backbone(cfg: DictConfig) -> FrozenBackbone:
+    """The frozen backbone."""
+    return FrozenBackbone(instantiate(cfg.backbone), cfg.backbone.get("patch_fit", "pad"))
+
+
+def make_candidates(cfg: DictConfig, frozen: FrozenBackbone, num_outputs: int) -> list[Candidate]:
+    """The heads to train: the composed one, or with `head=grid` every combination of its lists."""
+    if "heads" in cfg.head:
+        return [_candidate(cfg, frozen, num_outputs, head, settings) for head, settings in _grid(cfg)]
+    return [_candidate(cfg, frozen, num_outputs, cfg.head, {})]
+
+
+def _candidate(
+    cfg: DictConfig, frozen: FrozenBackbone, num_outputs: int, head_cfg: DictConfig, settings: dict[str, Any]
+) -> Candidate:
+    name = " ".join(f"{key}={value}" for key, value in settings.items()) or HydraConfig.get().runtime.choices["head"]
+    option = str(settings.get("head", HydraConfig.get().runtime.choices["head"]))
+    with forked_rng(stable_seed(cfg.seed, name, "init")):  # a function of seed and name alone: the same in any grid
+        head = make_head(cfg, head_cfg, option, frozen, num_outputs)
+    return Candidate(
+        name=name,
+        head=head,
+        loss=instantiate(cfg.task.loss),
+        lr=float(settings.get("lr", cfg.optim.lr)),
+        weight_decay=float(settings.get("weight_decay", cfg.optim.weight_decay)),
+        schedule=instantiate(cfg.optim.schedule),
+        clip_norm=cfg.optim.clip_norm,
+        settings=settings,
+    )
+
+
+def _grid(cfg: DictConfig) -> list[tuple[DictConfig, dict[str, Any]]]:
+    """(head config, settings) of each combination; a list that is empty leaves the task's own value."""
+    combinations: list[dict[str, Any]] = [{}]
+    for key, name in (("heads", "head"), ("blocks", "blocks"), ("lr", "lr"), ("weight_decay", "weight_decay")):
+        if values := list(cfg.head[key] or []):
+            combinations = [{**before, name: value} for before in combinations for value in values]
+    if len({json.dumps(c) for c in combinations}) < len(combinations):
+        raise UserError("head=grid: a value stands twice in one of its lists; each combination is trained once.")
+    result = []
+    for settings in combinations:
+        head_cfg = option_of_grid(cfg, settings)
+        result.append((head_cfg, settings))
+    return result
+
+
+def option_of_grid(cfg: DictConfig, settings: Mapping[str, Any]) -> DictConfig:
+    """The config of one head of a grid: its own option, with the grid's arguments on top."""
+    head_cfg = OmegaConf.create(plain(recomposed("head", settings["head"]).head))
+    blocks = {"blocks": settings["blocks"]} if "blocks" in settings else {}
+    for key, value in {**plain(cfg.head.arguments), **blocks}.items():
+        if key not in head_cfg:
+            raise unknown_name(f"argument of head={settings['head']}:", key, [str(known) for known in head_cfg])
+        head_cfg[key] = value
+    return head_cfg
+
+
+def make_head(cfg: DictConfig, head_cfg: DictConfig, option: str, frozen: FrozenBackbone, num_outputs: int) -> Head:
+    """The head that an option of group `head` describes, with its weights where `head.weights` names some."""
+    settings = OmegaConf.masked_copy(head_cfg, [str(key) for key in head_cfg if key != "weights"])
+    partial: functools.partial[Head] = instantiate(settings)
+    blocks = resolve_blocks(frozen.backbone.name, partial.keywords.get("blocks", "last"))
+    head = partial([frozen.backbone.embed_dim] * len(blocks), num_outputs)
+    weights = head_cfg.get("weights")
+    if weights == "official":
+        url = official_head_url(cfg.backbone.name, cfg.task.name, option)
+        load_head_weights(head, fetch(url, url.rsplit("/", 1)[-1]), cfg.backbone.name, cfg.task.name)
+    elif weights is not None:
+        load_head_weights(head, weights, cfg.backbone.name)
+    return head
+
+
+def measured_only(cfg: DictConfig, head: Head) -> Candidate:
+    """A trained head as a candidate that is measured only."""
+    return Candidate("trained", head, instantiate(cfg.task.loss), 0.0, 0.0, instantiate(cfg.optim.schedule))
+
+
+def head_arguments(head_cfg: DictConfig) -> dict[str, Any]:
+    """The plain arguments of a head, without Hydra's keys and ours."""
+    return {key: value for key, value in plain(head_cfg).items() if key not in ("_target_", "_partial_", "weights")}

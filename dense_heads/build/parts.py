@@ -1,0 +1,86 @@
+"""A run before its trainer: the family's data and module on a frozen backbone."""
+
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+
+from omegaconf import DictConfig
+
+from dense_heads.build import segmentation
+from dense_heads.build.config import is_random
+from dense_heads.build.data import Loaded
+from dense_heads.build.heads import backbone, make_candidates, measured_only
+from dense_heads.data.datamodule import DataModule
+from dense_heads.errors import UserError
+from dense_heads.heads.base import Head
+from dense_heads.training.base import DenseModule
+
+log = logging.getLogger("dense_heads")
+
+# A family is a module with `load`, `module`, `num_outputs`, `classes`, `labels` and `conventions`.
+FAMILIES: dict[str, ModuleType] = {"segmentation": segmentation}
+
+
+@dataclass
+class Parts:
+    """What a run is made of, before the trainer."""
+
+    module: DenseModule
+    data: DataModule
+    loaded: Loaded
+    conventions: str
+    notes: list[str]  # said in the report
+
+
+def family_of(cfg: DictConfig) -> ModuleType:
+    """The module of this room that builds the task's family."""
+    if cfg.task.family not in FAMILIES:
+        raise UserError(f"task.family={cfg.task.family} is not there. There are: {', '.join(FAMILIES)}.")
+    return FAMILIES[cfg.task.family]
+
+
+def make_parts(cfg: DictConfig, check: bool = True, heads: Sequence[Head] | None = None) -> Parts:
+    """Everything but the trainer; finds a user's mistakes cheaply, the cheapest first.
+
+    `heads`: trained heads to measure, in place of those that the config describes. Resolves `trainer.max_steps`,
+    `trainer.val_check_interval` and the warmup in `cfg` where they follow from the data.
+    """
+    family = family_of(cfg)
+    loaded: Loaded = family.load(cfg, check)
+    _resolve_length(cfg, loaded.num_images["train"])
+    data = DataModule(
+        train=loaded.train,
+        val=loaded.val,
+        test=loaded.test,
+        batch_size=cfg.data.batch_size,
+        num_workers=cfg.data.num_workers,
+        seed=cfg.seed,
+        collate_train=loaded.collate_train,
+        collate_eval=loaded.collate_eval,
+        max_steps=cfg.trainer.max_steps,
+    )
+    frozen = backbone(cfg)
+    if heads is None:
+        candidates = make_candidates(cfg, frozen, family.num_outputs(cfg))
+    else:
+        candidates = [measured_only(cfg, head) for head in heads]
+    notes = list(loaded.notes)
+    if is_random(cfg.backbone):
+        notes.append("The backbone's weights are random: it has learnt nothing.")
+    return Parts(family.module(cfg, loaded, frozen, candidates), data, loaded, family.conventions(cfg), notes)
+
+
+def _resolve_length(cfg: DictConfig, num_images: int) -> None:
+    """Own data without a stated length: about 50 epochs, at most 10,000 steps; validated ten times."""
+    if cfg.trainer.max_steps is None:
+        cfg.trainer.max_steps = min(10_000, math.ceil(50 * max(num_images, 1) / cfg.data.batch_size))
+        log.info("trainer.max_steps=%d: about 50 epochs, at most 10,000 steps", cfg.trainer.max_steps)
+    if cfg.trainer.max_steps < 1:
+        raise UserError(f"trainer.max_steps={cfg.trainer.max_steps}; expected at least 1.")
+    if cfg.mode == "fit" and 0 < cfg.trainer.max_steps <= cfg.task.protocol.warmup_steps:
+        cfg.task.protocol.warmup_steps = cfg.trainer.max_steps // 25  # a shortened run keeps the shape of its schedule
+        log.info("task.protocol.warmup_steps=%d: the warmup must end within the run", cfg.task.protocol.warmup_steps)
+    interval = cfg.trainer.val_check_interval or math.ceil(cfg.trainer.max_steps / 10)
+    cfg.trainer.val_check_interval = min(int(interval), cfg.trainer.max_steps)

@@ -1,0 +1,69 @@
+"""The published number beside a run's own, and what keeps the two from being compared."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from dense_heads.build.config import composed, plain
+from dense_heads.build.parts import Parts
+from dense_heads.paths import CONF_DIR
+
+# What must equal the published row's own config; the rest (logger, workers, devices, folders) does not change a number.
+_DECIDING = (
+    "task.protocol", "task.transforms", "task.inference", "task.loss", "task.data.labels", "task.num_classes",
+    "head", "optim", "data.image_size", "data.batch_size", "trainer.max_steps", "trainer.precision",
+    "trainer.limit_val_batches", "trainer.accumulate_grad_batches", "backbone.patch_fit", "backbone.weights",
+)  # fmt: skip
+
+
+def published_row(cfg: DictConfig, head: str, made: Parts) -> dict[str, Any] | None:
+    """The published number of exactly this backbone and head, or the nearest one, and why it is not comparable."""
+    published = plain(cfg.task.published)
+    name = str(cfg.backbone.name)
+    without_registers = name.removesuffix("_reg")
+    value = published.get(head, {}).get(without_registers)
+    if value is None:
+        return None
+    row = f"{cfg.task.name} {without_registers} {head}"
+    reasons = [] if cfg.task.comparable else ["how the published number was reached is not known in full"]
+    if without_registers != name:
+        reasons.append(f"the number is of {without_registers}, without registers: none is published for {name}")
+    reasons += _differences(cfg, f"{cfg.task.name}_{without_registers}_{head}")
+    expected, have = published["images"], made.loaded.num_images
+    reasons += [
+        f"{have[split]:,} {split} images, published with {n:,}" for split, n in expected.items() if have[split] != n
+    ]
+    reasons += [note for note in made.notes if "not comparable" in note]
+    return {
+        "value": value,
+        "unit": published["unit"],
+        "source": published["source"],
+        "row": row,
+        "comparable": not reasons,
+        "not_comparable": reasons,
+    }
+
+
+def _differences(cfg: DictConfig, experiment: str) -> list[str]:
+    """What in this run's config differs from the experiment that stands for the published row."""
+    if not (CONF_DIR / "experiment" / f"{experiment}.yaml").is_file():
+        return ["there is no experiment file for this row"]
+    theirs = composed([f"experiment={experiment}", f"data.root={cfg.data.root}"])
+    found = []
+    for key in _DECIDING:
+        ours_flat = dict(_leaves(key, OmegaConf.select(cfg, key)))
+        theirs_flat = dict(_leaves(key, OmegaConf.select(theirs, key)))
+        for leaf in sorted(ours_flat.keys() | theirs_flat.keys()):
+            ours, published = ours_flat.get(leaf), theirs_flat.get(leaf)
+            if ours != published and leaf != "head.weights":
+                found.append(f"{leaf} is {ours!r}, published with {published!r}")
+    return found
+
+
+def _leaves(prefix: str, node: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(node, DictConfig):
+        for key in node:
+            yield from _leaves(f"{prefix}.{key!s}", OmegaConf.select(node, str(key)))
+    else:
+        yield prefix, OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
