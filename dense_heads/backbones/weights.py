@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from dense_heads.backbones.base import Backbone
 from dense_heads.backbones.download import fetch
 from dense_heads.backbones.formats import FORMATS, State, convert, huggingface_config
-from dense_heads.backbones.pixels import Pixels
+from dense_heads.backbones.pixels import WITHOUT_NETWORK, Pixels
 from dense_heads.backbones.vit import VisionTransformer
 from dense_heads.backbones.zoo import BACKBONES, BackboneSpec, get_spec
 from dense_heads.errors import UserError, unknown_name
@@ -53,9 +53,9 @@ def load_backbone(
         UserError: unknown name, weights that are not there, not readable, or not those of this backbone.
     """
     spec = get_spec(name)
-    if spec.name == "pixels":
+    if spec.name in WITHOUT_NETWORK:
         if weights not in (None, "official"):
-            raise UserError(f"Got weights {str(weights)!r}; the pixels baseline has none. Leave them out.")
+            raise UserError(f"Got weights {str(weights)!r}; a baseline without a network has none. Leave them out.")
         return Pixels(spec, in_channels, patch_fit).eval()
     options: dict[str, Any] = {"patch_fit": patch_fit, "in_channels": in_channels, "drop_path": drop_path}
     if weights is None:

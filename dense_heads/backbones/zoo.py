@@ -67,7 +67,10 @@ _SPECS = (
     BackboneSpec("vitn14_reg", 192, 8, 3, 4),
     BackboneSpec("vitt14_reg", 192, 12, 3, 4),
     # The baseline without a network. Four equal blocks, so that heads on four levels run on it unchanged.
+    # Baselines without a network; widths for three channels.
     BackboneSpec("pixels", 3 * PATCH_SIZE**2, 4, 1),
+    BackboneSpec("position", 64, 4, 1),
+    BackboneSpec("pixels_position", 3 * PATCH_SIZE**2 + 64, 4, 1),
 )
 BACKBONES: dict[str, BackboneSpec] = {spec.name: spec for spec in _SPECS}
 

@@ -6,6 +6,8 @@ from hydra import compose
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from dense_heads.backbones.pixels import WITHOUT_NETWORK
+
 
 def plain(node: Any) -> dict[str, Any]:
     """A config node as a resolved dict of plain values."""
@@ -26,5 +28,5 @@ def recomposed(group: str, option: str) -> DictConfig:
 
 
 def is_random(backbone_cfg: DictConfig) -> bool:
-    """Whether the weights are random; raw pixels have none."""
-    return backbone_cfg.weights is None and backbone_cfg.name != "pixels"
+    """Whether the weights are random; baselines without a network have none."""
+    return backbone_cfg.weights is None and backbone_cfg.name not in WITHOUT_NETWORK

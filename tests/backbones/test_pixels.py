@@ -38,3 +38,15 @@ def test_no_parameters_no_weights_one_fingerprint():
         load_backbone("pixels", weights="somewhere.pth")
     with pytest.raises(UserError, match="mask"):
         backbone(torch.zeros(1, 3, 14, 14), torch.zeros(1, 1, dtype=torch.bool))
+
+
+def test_position_says_where_a_patch_is_and_nothing_else():
+    backbone = load_backbone("position", None)
+    tokens = backbone(torch.randn(2, 3, 42, 56))["patch_tokens"]
+    assert tokens.shape == (2, 12, 64)
+    torch.testing.assert_close(tokens[0], tokens[1])
+    distances = torch.cdist(tokens[0], tokens[0])
+    assert (distances + 1e3 * torch.eye(12) > 0.1).all()  # every place has its own
+    both = load_backbone("pixels_position", None)(torch.ones(1, 3, 42, 56))["patch_tokens"]
+    assert both.shape == (1, 12, 652) == (1, 12, load_backbone("pixels_position").embed_dim)
+    torch.testing.assert_close(both[..., 588:], tokens[:1])
