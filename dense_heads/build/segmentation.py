@@ -6,6 +6,7 @@ from typing import Any
 
 from hydra.utils import instantiate
 from omegaconf import DictConfig
+from PIL.Image import Image
 
 from dense_heads.build.config import plain
 from dense_heads.build.data import Loaded, own_run, read_samples
@@ -18,6 +19,7 @@ from dense_heads.metrics.segmentation import CONVENTIONS
 from dense_heads.models.card import read_card
 from dense_heads.models.dense import FrozenBackbone
 from dense_heads.models.inference import Inference
+from dense_heads.report.panel import segmentation_panel
 from dense_heads.training.base import Candidate
 from dense_heads.training.segmentation import SegmentationModule
 
@@ -69,6 +71,16 @@ def module(
 def num_outputs(cfg: DictConfig) -> int:
     """One channel for each class."""
     return int(cfg.task.num_classes)
+
+
+def pictures(loaded: Loaded) -> dict[str, Any]:
+    """What the picture callback needs: how a prediction is drawn beside its label."""
+    names, colours = loaded.classes.names, loaded.classes.colours
+
+    def panel(image: Any, label: Any, prediction: Any, title: str) -> Image:
+        return segmentation_panel(image, label, prediction, colours, names, title)
+
+    return {"panel": panel, "label_key": "mask"}
 
 
 def conventions(cfg: DictConfig) -> str:

@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from omegaconf import DictConfig, OmegaConf
 
 from dense_heads.build.config import plain
-from dense_heads.build.parts import Parts
+from dense_heads.build.parts import Parts, family_of
 from dense_heads.training.checkpoints import AtomicCheckpointIO
 from dense_heads.training.loggers import MetricsCsv
 
@@ -60,11 +60,7 @@ def _several_devices(options: Mapping[str, Any]) -> bool:
 def _callbacks(cfg: DictConfig, folder: Path, made: Parts) -> list[pl.Callback]:
     completed: dict[str, dict[str, Any]] = {
         "checkpoints": {"folder": folder / "checkpoints"},
-        "pictures": {
-            "folder": folder,
-            "class_names": made.loaded.classes.names,
-            "palette": made.loaded.classes.colours,
-        },
+        "pictures": {"folder": folder, **family_of(cfg).pictures(made.loaded)},
     }
     made_callbacks = []
     for name, node in (cfg.callbacks or {}).items():

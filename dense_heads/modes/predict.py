@@ -14,7 +14,7 @@ from dense_heads.build.model import make_model
 from dense_heads.data.images import list_images, read_image
 from dense_heads.data.labels import LabelRule
 from dense_heads.errors import UserError
-from dense_heads.report.pictures import overlay
+from dense_heads.report.panel import overlay
 
 log = logging.getLogger("dense_heads")
 

@@ -95,7 +95,7 @@ def segmentation_panel(
             f"A label of {label.shape} pixels (height, width) and a prediction of {prediction.shape}: expected equal "
             "sizes. Predict at the label's own size."
         )
-    size, columns = _tile_layout(prediction.shape)
+    size, columns = tile_layout(prediction.shape)
     canvas = np.full((size[1], size[0], 3), 255, np.uint8)
     shown = canvas if image is None else np.asarray(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS))
     alpha = 0.62 if image is not None else 1.0
@@ -110,7 +110,7 @@ def segmentation_panel(
     return compose(tiles, columns, _legend(label, prediction, palette, class_names), title)
 
 
-def _tile_layout(shape: Sequence[int]) -> tuple[tuple[int, int], int]:
+def tile_layout(shape: Sequence[int]) -> tuple[tuple[int, int], int]:
     """(width, height) of a tile, and tiles per row: two for wide images, where four would be too small to read."""
     height, width = shape
     wide = width >= 1.7 * height

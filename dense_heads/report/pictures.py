@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +11,23 @@ import numpy as np
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.trainer.states import TrainerFn
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from dense_heads.data.images import read_image
 from dense_heads.errors import UserError
-from dense_heads.report.panel import Mask, colour_map, overlay, segmentation_panel
 from dense_heads.report.sheet import Pixels
 from dense_heads.structures import IMAGENET_MEAN, IMAGENET_STD, Batch
 
-__all__ = ["PictureCallback", "colour_map", "overlay", "segmentation_panel"]
+# image or None, label or None, prediction, title
+Panel = Callable[[Pixels | None, NDArray[Any] | None, NDArray[Any], str], Image.Image]
 
 
 class PictureCallback(pl.Callback):
     """Draws the first images of each validation and of the test, into the run folder and to loggers that take pictures.
 
-    Reads `outputs["prediction"]` of the step (a list of (H, W) int64 tensors, each at its label's own size) and the
+    Reads `outputs["prediction"]` of the step (a list of (H, W) tensors, each at its label's own size) and the
     batch. Files are `pictures/val/<image_id>.png` and `pictures/test/<image_id>.png`; a later validation replaces
     them, so at the end they show the final state. Only rank 0 draws.
     """
@@ -34,8 +35,8 @@ class PictureCallback(pl.Callback):
     def __init__(
         self,
         folder: str | Path,
-        class_names: Sequence[str],
-        palette: Sequence[Sequence[int]] | Pixels,
+        panel: Panel,
+        label_key: str,
         every: int = 1,
         num: int = 4,
     ) -> None:
@@ -43,25 +44,19 @@ class PictureCallback(pl.Callback):
 
         Args:
             folder: the run folder; `pictures/` is made in it.
-            class_names: K names.
-            palette: K colours, RGB 0-255.
+            panel: draws (image or None, label or None, prediction, title) as one picture.
+            label_key: where the batch keeps the labels: `mask`, `depth_m`.
             every: draw at every so many validations, and always at the last one of the training.
             num: images per validation or test; 0 draws none.
 
         Raises:
-            UserError: `every` below 1, `num` below 0, or not one colour per class.
+            UserError: `every` below 1 or `num` below 0.
         """
         super().__init__()
-        self.palette = np.asarray(palette, dtype=np.uint8).reshape(-1, 3)
         if every < 1 or num < 0:
             raise UserError(f"Pictures: got every={every} and num={num}; expected every >= 1 and num >= 0 (0: none).")
-        if len(self.palette) != len(class_names):
-            raise UserError(
-                f"Pictures: got {len(self.palette)} colours for {len(class_names)} classes; expected one for each "
-                "(classes.txt: name, tab, R,G,B)."
-            )
         self.folder = Path(folder) / "pictures"
-        self.class_names = list(class_names)
+        self.panel, self.label_key = panel, label_key
         self.every, self.num = every, num
         self._validations = 0
         self._left = 0  # pictures still to draw in this pass over the data
@@ -106,13 +101,13 @@ class PictureCallback(pl.Callback):
     def _draw(self, trainer: pl.Trainer, outputs: Any, batch: Batch, split: str) -> None:
         if not trainer.is_global_zero or not self._left:
             return
-        predictions, masks = outputs["prediction"], batch.get("mask")
+        predictions, labels = outputs["prediction"], batch.get(self.label_key)
         for index, tensor in enumerate(predictions[: self._left]):
             prediction = _numpy(tensor)
-            label = None if masks is None else _numpy(masks[index])
+            label = None if labels is None else _numpy(labels[index])
             image_id = batch["image_id"][index]
             image = _restore(batch, index, prediction.shape)
-            panel = segmentation_panel(image, label, prediction, self.palette, self.class_names, title=image_id)
+            panel = self.panel(image, label, prediction, image_id)
             name = _file_name(image_id)
             path = self.folder / split / f"{name}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -127,8 +122,8 @@ class PictureCallback(pl.Callback):
         self._left -= min(self._left, len(predictions))
 
 
-def _numpy(mask: Tensor) -> Mask:
-    array: Mask = mask.detach().cpu().numpy()
+def _numpy(tensor: Tensor) -> NDArray[Any]:
+    array: NDArray[Any] = tensor.detach().cpu().numpy()
     return array
 
 

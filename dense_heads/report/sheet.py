@@ -39,12 +39,12 @@ def compose(
     draw = ImageDraw.Draw(sheet)
     if title:
         draw.text(
-            (MARGIN, MARGIN - 3), _fit(title, _font(18, bold=True), width - 2 * MARGIN), INK, _font(18, bold=True)
+            (MARGIN, MARGIN - 3), _fit(title, font(18, bold=True), width - 2 * MARGIN), INK, font(18, bold=True)
         )
     for number, (caption, pixels) in enumerate(tiles):
         left = MARGIN + (number % columns) * (size[0] + GAP)
         upper = top + (number // columns) * (CAPTION + size[1] + GAP)
-        draw.text((left, upper), _fit(caption, _font(15), max(size[0], 60)), PALE, _font(15))
+        draw.text((left, upper), _fit(caption, font(15), max(size[0], 60)), PALE, font(15))
         sheet.paste(Image.fromarray(pixels), (left, upper + CAPTION))
         draw.rectangle((left, upper + CAPTION, left + size[0] - 1, upper + CAPTION + size[1] - 1), outline=RULE)
     for row, line in enumerate(lines):
@@ -52,7 +52,7 @@ def compose(
             name, colour = legend[number]
             left, upper = MARGIN + offset, legend_top + row * LEGEND_ROW
             _chip(draw, left, upper + 3, colour)
-            draw.text((left + 21, upper), _entry(name), INK, _font(15))
+            draw.text((left + 21, upper), _entry(name), INK, font(15))
     return sheet
 
 
@@ -69,7 +69,7 @@ def _flow(names: Sequence[str], width: int) -> list[list[tuple[int, int]]]:
     lines: list[list[tuple[int, int]]] = []
     offset = width
     for number, name in enumerate(names):
-        needed = 21 + int(_font(15).getlength(_entry(name))) + 18
+        needed = 21 + int(font(15).getlength(_entry(name))) + 18
         if not lines or offset + needed > width:
             lines.append([])
             offset = 0
@@ -79,7 +79,7 @@ def _flow(names: Sequence[str], width: int) -> list[list[tuple[int, int]]]:
 
 
 def _entry(name: str) -> str:
-    return _fit(name, _font(15), 220)
+    return _fit(name, font(15), 220)
 
 
 def _fit(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
@@ -93,7 +93,7 @@ def _fit(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
 
 
 @cache
-def _font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
+def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
     """DejaVu Sans as shipped with matplotlib: the same letters on every machine, beyond Latin ones."""
     name = "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf"
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts" / "ttf" / name), size)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from dense_heads.report.pictures import segmentation_panel
+from dense_heads.report.panel import segmentation_panel
 
 CAMVID = Path(__file__).parents[2] / "../shared/data/camvid"
 NAMES = "Sky Building Pole Road Pavement Tree SignSymbol Fence Car Pedestrian Bicyclist".split()

@@ -10,10 +10,16 @@ from run_folders import NAMES, PALETTE, coarse, scenes
 from torch.utils.data import DataLoader
 
 from dense_heads.errors import UserError
-from dense_heads.report.pictures import PictureCallback, colour_map, overlay, segmentation_panel
+from dense_heads.report.depth_panel import depth_colours, depth_panel, depth_picture
+from dense_heads.report.panel import colour_map, overlay, segmentation_panel
+from dense_heads.report.pictures import PictureCallback
 from dense_heads.structures import IMAGENET_MEAN, IMAGENET_STD
 
 TWO = np.array([(30, 40, 60), (255, 200, 0)], dtype=np.uint8)
+
+
+def panel(image, label, prediction, title):
+    return segmentation_panel(image, label, prediction, TWO, ["a", "b"], title)
 
 
 def test_colour_map_takes_the_palette_and_black_for_ignored():
@@ -140,7 +146,7 @@ def first_tile(path):
 
 
 def test_callback_draws_validation_and_test_into_the_run_folder(tmp_path):
-    callback = PictureCallback(tmp_path / "run", ["a", "b"], TWO.tolist(), num=2)
+    callback = PictureCallback(tmp_path / "run", panel, "mask", num=2)
     runner, data = trainer(tmp_path, callback), batches(tmp_path)
     runner.fit(Module(), data, data)
     runner.test(Module(), data, verbose=False)
@@ -159,10 +165,10 @@ def test_callback_without_the_file_restores_the_tensor_or_goes_without(tmp_path,
             image = [[image[0][:, ::2, ::2], image[0]]]
         if key != "features":
             sample[key] = image
-    trainer(tmp_path, PictureCallback(tmp_path, ["a", "b"], TWO)).test(Module(), data, verbose=False)
+    trainer(tmp_path, PictureCallback(tmp_path, panel, "mask")).test(Module(), data, verbose=False)
     file = tmp_path / "pictures/test/a.png"
     if key == "features":  # three tiles, not four: no image
-        trainer(tmp_path, PictureCallback(tmp_path / "full", ["a", "b"], TWO)).test(
+        trainer(tmp_path, PictureCallback(tmp_path / "full", panel, "mask")).test(
             Module(), batches(tmp_path), verbose=False
         )
         assert picture(file).shape[0] <= picture(tmp_path / "full/pictures/test/a.png").shape[0]
@@ -179,13 +185,13 @@ def test_callback_one_channel_and_no_label(tmp_path):
         def test_step(self, batch):
             return {"prediction": [batch.pop("mask")[0].clamp(max=1)]}
 
-    trainer(tmp_path, PictureCallback(tmp_path, ["a", "b"], TWO)).test(Unlabelled(), data, verbose=False)
+    trainer(tmp_path, PictureCallback(tmp_path, panel, "mask")).test(Unlabelled(), data, verbose=False)
     assert (tmp_path / "pictures/test/grey.png").is_file()
 
 
 def test_every_draws_the_first_each_nth_and_the_last(tmp_path, monkeypatch):
     drawn = []
-    callback = PictureCallback(tmp_path, ["a", "b"], TWO, every=4, num=1)
+    callback = PictureCallback(tmp_path, panel, "mask", every=4, num=1)
     runner, data = trainer(tmp_path, callback), batches(tmp_path)
     original = callback._draw
 
@@ -197,7 +203,7 @@ def test_every_draws_the_first_each_nth_and_the_last(tmp_path, monkeypatch):
     monkeypatch.setattr(callback, "_draw", spy)
     runner.fit(Module(), data, data)
     assert drawn == [1, 5, 6]
-    resumed = PictureCallback(tmp_path, ["a", "b"], TWO, every=4, num=1)
+    resumed = PictureCallback(tmp_path, panel, "mask", every=4, num=1)
     resumed.load_state_dict(callback.state_dict())
     assert resumed.state_dict() == {"validations": 6}
 
@@ -205,7 +211,7 @@ def test_every_draws_the_first_each_nth_and_the_last(tmp_path, monkeypatch):
 def test_hostile_ids_stay_inside_the_folder_and_apart(tmp_path):
     ids = ("../../escape", "a/b", "a_b", "x" * 400, "", "<img src=x>", "..")
     data = batches(tmp_path, ids=ids)
-    trainer(tmp_path, PictureCallback(tmp_path / "run", ["a", "b"], TWO, num=10)).test(Module(), data, verbose=False)
+    trainer(tmp_path, PictureCallback(tmp_path / "run", panel, "mask", num=10)).test(Module(), data, verbose=False)
     files = [path for path in tmp_path.rglob("*.png") if not path.stem.isdigit()]
     assert len(files) == len(ids)
     assert all(path.parent == tmp_path / "run/pictures/test" for path in files)
@@ -213,18 +219,18 @@ def test_hostile_ids_stay_inside_the_folder_and_apart(tmp_path):
 
 @pytest.mark.parametrize(
     ("given", "words"),
-    [({"every": 0}, "every=0"), ({"num": -1}, "num=-1"), ({"palette": TWO[:1]}, "1 colours for 2 classes")],
+    [({"every": 0}, "every=0"), ({"num": -1}, "num=-1")],
 )
 def test_bad_arguments(tmp_path, given, words):
     with pytest.raises(UserError, match=words):
-        PictureCallback(**{"folder": tmp_path, "class_names": ["a", "b"], "palette": TWO, **given})
+        PictureCallback(**{"folder": tmp_path, "panel": panel, "label_key": "mask", **given})
 
 
 def test_tensorboard_gets_pictures_that_can_be_read_back(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     logger = TensorBoardLogger(tmp_path, name="tb", version="")
-    trainer(tmp_path, PictureCallback(tmp_path, ["a", "b"], TWO, num=1), logger).test(
+    trainer(tmp_path, PictureCallback(tmp_path, panel, "mask", num=1), logger).test(
         Module(), batches(tmp_path), verbose=False
     )
     logger.experiment.flush()
@@ -239,10 +245,30 @@ def test_wandb_offline_gets_pictures(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     logger = WandbLogger(save_dir=tmp_path, project="test", offline=True)
-    trainer(tmp_path, PictureCallback(tmp_path, ["a", "b"], TWO, num=1), logger).test(
+    trainer(tmp_path, PictureCallback(tmp_path, panel, "mask", num=1), logger).test(
         Module(), batches(tmp_path), verbose=False
     )
     summary = dict(logger.experiment.summary)
     logger.experiment.finish()
     assert "test/pictures/a" in json.dumps(list(summary))
     assert list(tmp_path.rglob("media/images/**/*.png"))
+
+
+def test_depth_is_brighter_where_it_is_nearer_and_grey_where_nothing_was_measured():
+    depth = np.tile(np.linspace(1, 5, 50, dtype=np.float32), (10, 1))
+    depth[0] = 0
+    colours = depth_colours(depth, 1, 5)
+    brightness = colours[1:].astype(int).sum(2)
+    assert (np.diff(brightness, axis=1) <= 0).all() and brightness[0, 0] > brightness[0, -1] + 300
+    assert len(np.unique(colours[0].reshape(-1, 3), axis=0)) == 1
+    assert depth_picture(depth).size == (50, 54)  # with its scale bar
+
+
+def test_a_depth_panel_shows_image_label_prediction_and_errors():
+    depth = np.tile(np.linspace(1, 5, 80, dtype=np.float32), (60, 1))
+    image = np.full((60, 80, 3), 90, np.uint8)
+    full, bare = depth_panel(image, depth, depth * 1.1, "id"), depth_panel(None, None, depth)
+    assert full.width > 3 * bare.width / 2 and full.height > bare.height
+    depth_panel(image, np.zeros_like(depth), depth)  # nothing measured
+    with pytest.raises(UserError, match="equal sizes"):
+        depth_panel(image, depth[:30], depth)
