@@ -1,12 +1,17 @@
 """Configs: other compositions of the same run, and nodes as plain values."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from hydra import compose
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from dense_heads.backbones.pixels import WITHOUT_NETWORK
+from dense_heads.paths import CONF_DIR
+from dense_heads.registry import register_tasks
 
 
 def plain(node: Any) -> dict[str, Any]:
@@ -19,6 +24,19 @@ def plain(node: Any) -> dict[str, Any]:
 def composed(overrides: list[str]) -> DictConfig:
     """Another composition of the same config, inside a running command."""
     return compose(config_name="config", overrides=overrides)
+
+
+@contextmanager
+def composing() -> Iterator[None]:
+    """Lets `composed` work outside a command, also in a program that runs Hydra for itself."""
+    register_tasks()
+    hydra = GlobalHydra.instance()
+    before, hydra.hydra = hydra.hydra, None
+    try:
+        with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+            yield
+    finally:
+        hydra.hydra = before
 
 
 def recomposed(group: str, option: str) -> DictConfig:

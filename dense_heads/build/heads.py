@@ -85,8 +85,10 @@ def make_head(cfg: DictConfig, head_cfg: DictConfig, option: str, frozen: Frozen
     head = partial([frozen.backbone.embed_dim] * len(blocks), num_outputs)
     weights = head_cfg.get("weights")
     if weights == "official":
-        url = official_head_url(cfg.backbone.name, cfg.task.name, option)
-        load_head_weights(head, fetch(url, url.rsplit("/", 1)[-1]), cfg.backbone.name, cfg.task.name)
+        if cfg.task.released is None:
+            raise UserError(f"head.weights=official: no heads were released for task={cfg.task.name}. Give a path.")
+        url = official_head_url(cfg.backbone.name, cfg.task.released, option)
+        load_head_weights(head, fetch(url, url.rsplit("/", 1)[-1]), cfg.backbone.name, cfg.task.released)
     elif weights is not None:
         load_head_weights(head, weights, cfg.backbone.name)
     return head

@@ -101,7 +101,8 @@ class PictureCallback(pl.Callback):
     def _draw(self, trainer: pl.Trainer, outputs: Any, batch: Batch, split: str) -> None:
         if not trainer.is_global_zero or not self._left:
             return
-        predictions, labels = outputs["prediction"], batch.get(self.label_key)
+        predictions = outputs["prediction"]
+        labels: Any = batch.get(self.label_key)
         for index, tensor in enumerate(predictions[: self._left]):
             prediction = _numpy(tensor)
             label = None if labels is None else _numpy(labels[index])
