@@ -11,7 +11,6 @@ from dense_heads.backbones.base import Backbone, check_patch_fit
 from dense_heads.backbones.zoo import BackboneSpec
 from dense_heads.errors import UserError
 
-
 WITHOUT_NETWORK = ("pixels", "position", "pixels_position")
 POSITION_DIM = 64
 

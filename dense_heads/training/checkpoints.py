@@ -1,6 +1,9 @@
 """Checkpoints that a kill cannot spoil: written aside and renamed, tensors and plain values only."""
 
+import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,10 +13,13 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from safetensors.torch import load_file, save
 
 from dense_heads.errors import UserError
 from dense_heads.training.base import DenseModule
+
+log = logging.getLogger("dense_heads")
 
 BEST_FILE = "best.safetensors"
 
@@ -104,11 +110,28 @@ class Checkpoints(Checkpoint):
         self.folder, self.every, self.keep = Path(folder), every, keep
         self.best: float | None = None
         self.saved_at = -1
+        self.asked = False
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """SIGUSR1 asks for a checkpoint after the step under way, as clusters do before they stop a job."""
+        taken = signal.getsignal(signal.SIGUSR1) not in (signal.SIG_DFL, signal.SIG_IGN, None)
+        if not taken and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGUSR1, lambda *_: setattr(self, "asked", True))
 
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        """At the step interval."""
-        if trainer.global_step % self.every == 0:
+        """At the step interval, or when asked for."""
+        if trainer.global_step % self.every == 0 or self.asked:
+            self.asked = False
             self.save(trainer)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """SIGTERM ends between two steps: that step is kept. Whatever the reason, say how to go on."""
+        if trainer.state.fn != "fit":
+            return
+        if isinstance(exception, SIGTERMException):
+            self.save(trainer)
+        if trainer.is_global_zero and any(self.folder.glob("step=*.ckpt")):
+            log.info("stopped at step %d; go on with resume=%s", trainer.global_step, self.folder.parent)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """After a validation within training: the best heads first, so that the checkpoint knows of them."""

@@ -1,6 +1,7 @@
 """Tiny data and the command that trains on them."""
 
 import pytest
+
 from tests.factories import make_ade20k
 
 

@@ -137,3 +137,26 @@ def test_resume_auto_starts_and_goes_on(tiny, tmp_path):
     assert main([*auto, "trainer.max_steps=6"]) == 0
     assert (tmp_path / "run" / "metrics.csv").read_text().splitlines()[1:3] == first[1:3]
     assert main([*tiny, f"run_dir={tmp_path / 'run'}"]) == 2  # not without saying so
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_from_the_cluster_writes_a_checkpoint(tiny, tmp_path, sent):
+    run = tmp_path / "run"
+    never = ["callbacks.checkpoints.every=100000", "trainer.val_check_interval=100000", "trainer.max_steps=100000"]
+    process = start([*tiny, *never, f"run_dir={run}"])
+    for _ in range(1200):
+        if (run / "metrics.csv").exists() and len((run / "metrics.csv").read_text().splitlines()) > 3:
+            break
+        time.sleep(0.05)
+    process.send_signal(sent)
+    for _ in range(200):
+        if any((run / "checkpoints").glob("step=*.ckpt")):
+            break
+        time.sleep(0.05)
+    if sent == signal.SIGUSR1:
+        assert process.poll() is None  # it goes on
+        process.kill()
+    output = process.communicate(timeout=60)[0]
+    assert load_checkpoint(newest_checkpoint(run / "checkpoints"))["global_step"] > 0
+    if sent == signal.SIGTERM:
+        assert f"go on with resume={run}" in output and "Traceback" not in output
