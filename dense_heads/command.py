@@ -59,11 +59,12 @@ def print_help() -> int:
     for mode, purpose in MODES.items():
         print(f"  {mode:<12}{purpose}")
     print("\nTasks")
+    width = max(len(name) for name in rows["task"]) + 2
     for name in rows.pop("task"):
         if name in families:
-            print(f"  {name:<14}(family) your own data: task={name} task.num_classes=K data.root=FOLDER")
+            print(f"  {name:<{width}}(family) your own data: task={name} task.num_classes=K data.root=FOLDER")
         else:
-            print(f"  {name:<14}{OmegaConf.load(TASKS_DIR / name / 'task.yaml').title}")
+            print(f"  {name:<{width}}{OmegaConf.load(TASKS_DIR / name / 'task.yaml').title}")
     for group, names in rows.items():
         if names:
             print(f"\n{group.capitalize()}\n  {'  '.join(names)}")

@@ -17,7 +17,23 @@ from dense_heads.paths import CONF_DIR
 
 OVERRIDES_FILE = "overrides.yaml"
 # Of one command, not of the run: never kept, or meaningless when the run is composed again.
-_PER_COMMAND = ("mode", "model", "resume", "input", "output", "output_ids", "output_dir", "run_dir", "launcher")
+_PER_COMMAND = (
+    "mode",
+    "model",
+    "resume",
+    "input",
+    "output",
+    "output_ids",
+    "output_also",
+    "focal_px",
+    "output_dir",
+    "run_dir",
+    "launcher",
+)
+
+_OPTIONS_WITH_VALUE = (
+    "--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn", "--cfg", "-c", "--package", "-p",
+)  # fmt: skip
 
 
 def recompose(arguments: Sequence[str]) -> list[str]:
@@ -28,8 +44,18 @@ def recompose(arguments: Sequence[str]) -> list[str]:
     """
     run = named_run(arguments)
     kept = read_overrides(run) if run else []
+    start = _first_override(arguments)
     # A process that a rank started finds them on its command line already.
-    return [*(override for override in kept if override not in arguments), *arguments]
+    return [*arguments[:start], *(override for override in kept if override not in arguments), *arguments[start:]]
+
+
+def _first_override(arguments: Sequence[str]) -> int:
+    """Where overrides begin: the command line's parser wants all of them on one side of options such as `-m`."""
+    for index, argument in enumerate(arguments):
+        is_value = index > 0 and arguments[index - 1] in _OPTIONS_WITH_VALUE
+        if not (is_value or argument.startswith("-")):
+            return index
+    return len(arguments)
 
 
 def named_run(arguments: Sequence[str]) -> Path | None:

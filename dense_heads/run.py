@@ -70,7 +70,10 @@ def _refuse_bad_values(cfg: DictConfig) -> None:
     """What is often typed, before it fails somewhere deep; constructors check the rest."""
     for key in _WHOLE_NUMBERS + _NUMBERS:
         value, kind = OmegaConf.select(cfg, key), int if key in _WHOLE_NUMBERS else int | float
-        if (value is None and key != "seed") or (isinstance(value, kind) and not isinstance(value, bool)):
+        if value is None and key != "seed":
+            continue
+        values = list(value) if key == "data.image_size" and OmegaConf.is_list(value) else [value]
+        if all(isinstance(number, kind) and not isinstance(number, bool) for number in values):
             continue
         raise UserError(f"{key}={value}: expected a {'whole ' if kind is int else ''}number.")
     for key, known in _CHOICES.items():

@@ -31,14 +31,8 @@ class Loaded:
     num_images: dict[str, int]
     notes: list[str]
     made_split: dict[str, list[str]] | None = None
-    classes: Classes = field(default_factory=lambda: Classes((), _no_colours(), False))
+    classes: Classes = field(kw_only=True)
     labels: LabelRule | None = None
-
-
-def _no_colours() -> Any:
-    import numpy as np
-
-    return np.zeros((0, 3), dtype=np.uint8)
 
 
 def read_samples(cfg: DictConfig) -> tuple[Any, dict[str, Sequence[Any]]]:

@@ -8,7 +8,7 @@ from types import ModuleType
 
 from omegaconf import DictConfig
 
-from dense_heads.build import segmentation
+from dense_heads.build import depth, segmentation
 from dense_heads.build.config import is_random
 from dense_heads.build.data import Loaded
 from dense_heads.build.heads import backbone, make_candidates, measured_only
@@ -19,8 +19,8 @@ from dense_heads.training.base import DenseModule
 
 log = logging.getLogger("dense_heads")
 
-# A family is a module with `load`, `module`, `num_outputs`, `classes`, `labels` and `conventions`.
-FAMILIES: dict[str, ModuleType] = {"segmentation": segmentation}
+# A family is a module with `load`, `module`, `num_outputs`, `classes`, `labels`, `pictures`, `writer`, `conventions`.
+FAMILIES: dict[str, ModuleType] = {"segmentation": segmentation, "depth": depth}
 
 
 @dataclass

@@ -16,10 +16,11 @@ from dense_heads.data.labels import LabelRule
 from dense_heads.data.segmentation import SegmentationDataset, collate_eval, collate_train
 from dense_heads.data.transforms import EvalTransform, TrainPipeline
 from dense_heads.metrics.segmentation import CONVENTIONS
-from dense_heads.models.card import read_card
+from dense_heads.models.card import Card, read_card
 from dense_heads.models.dense import FrozenBackbone
 from dense_heads.models.inference import Inference
 from dense_heads.report.panel import segmentation_panel
+from dense_heads.report.predictions import LabelWriter
 from dense_heads.training.base import Candidate
 from dense_heads.training.segmentation import SegmentationModule
 
@@ -81,6 +82,11 @@ def pictures(loaded: Loaded) -> dict[str, Any]:
         return segmentation_panel(image, label, prediction, colours, names, title)
 
     return {"panel": panel, "label_key": "mask"}
+
+
+def writer(cfg: DictConfig, output: Path, card: Card) -> LabelWriter:
+    """Writes predictions as label maps and overlays."""
+    return LabelWriter(output, card, ids=cfg.output_ids)
 
 
 def conventions(cfg: DictConfig) -> str:

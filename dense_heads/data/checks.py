@@ -24,7 +24,11 @@ def check_segmentation(
     Raises:
         UserError: with the first five of what `find_problems` found.
     """
-    problems = list(find_problems(splits, labels, max_headers, max_masks))
+    refuse(list(find_problems(splits, labels, max_headers, max_masks)))
+
+
+def refuse(problems: Sequence[str]) -> None:
+    """Raise a UserError with the first five of the problems, if there are any."""
     if problems:
         more = f"\n... and {len(problems) - 5} more" if len(problems) > 5 else ""
         listing = "\n".join(f"- {problem}" for problem in problems[:5])
@@ -40,24 +44,29 @@ def find_problems(
     images that cannot be read, image and mask of different sizes; by up to `max_masks` masks: values outside the
     classes; a split whose labelled pixels all have one class (or of which none is labelled).
     """
-    if not any(splits.values()):
-        yield "there are no samples at all"
-        return
-    yield from _shared_files(splits)
+    yield from sample_problems(splits)
     for split, samples in splits.items():
         if not samples:
             continue
-        ids = [sample.image_id for sample in samples]
-        if len(set(ids)) < len(ids):
-            twice = [i for i, count in Counter(ids).items() if count > 1]
-            yield f"{split}: ids that stand there more than once: {shorten(twice)}; expected different ones"
         broken: set[Sample] = set()
-        for sample in _spread(samples, max_headers):
+        for sample in spread(samples, max_headers):
             problem = _header_problem(sample)
             if problem:
                 broken.add(sample)
                 yield problem
         yield from _mask_problems(split, [s for s in samples if s.mask and s not in broken], labels, max_masks)
+
+
+def sample_problems(splits: Mapping[str, Sequence[Sample]]) -> Iterator[str]:
+    """What is wrong with the samples of any family: none at all, a file in two splits, an id twice in a split."""
+    if not any(splits.values()):
+        yield "there are no samples at all"
+        return
+    yield from _shared_files(splits)
+    for split, samples in splits.items():
+        twice = [i for i, count in Counter(sample.image_id for sample in samples).items() if count > 1]
+        if twice:
+            yield f"{split}: ids that stand there more than once: {shorten(twice)}; expected different ones"
 
 
 def _shared_files(splits: Mapping[str, Sequence[Sample]]) -> Iterator[str]:
@@ -89,7 +98,7 @@ def _mask_problems(split: str, samples: Sequence[Sample], labels: LabelRule, max
     masks = [sample.mask for sample in samples if sample.mask is not None]
     if not masks:
         return
-    first = _spread(masks, max_masks)
+    first = spread(masks, max_masks)
     chosen = set(first)
     classes: set[int] = set()
     wrong = False
@@ -119,7 +128,8 @@ def _mask_problems(split: str, samples: Sequence[Sample], labels: LabelRule, max
         )
 
 
-def _spread(items: Sequence[T], most: int) -> list[T]:
+def spread(items: Sequence[T], most: int) -> list[T]:
+    """At most so many of the items, evenly over all of them, in order."""
     if len(items) <= most:
         return list(items)
     return [items[i] for i in np.linspace(0, len(items) - 1, most).round().astype(int)]

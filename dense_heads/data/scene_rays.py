@@ -38,12 +38,13 @@ def cast(world: World, intrinsics: Array, size: Size) -> Hits:
     rotation, origin = world.camera_to_world[:3, :3], world.camera_to_world[:3, 3]
     ray = np.stack([(r[0] * u + r[1] * v + r[2]) for r in rotation]).astype(f32)
     ray[np.abs(ray) < 1e-7] = 1e-7  # a ray along a wall: no division by zero, and it meets the wall far outside
-    inverse = 1 / ray
-    to_planes = np.where(ray > 0, (world.room_m - origin).astype(f32)[:, None, None], -origin.astype(f32)[:, None, None])
-    t = to_planes * inverse
-    axis = t.argmin(axis=0)
-    depth = t.min(axis=0)
-    surface = 2 * axis + (np.take_along_axis(ray, axis[None], 0)[0] > 0)
+    far_side = ray > 0
+    room, start = (a.astype(f32)[:, None, None] for a in (world.room_m - origin, -origin))
+    t = np.where(far_side, room, start) / ray
+    depth = np.minimum(np.minimum(t[0], t[1]), t[2])
+    axis = np.where(t[2] == depth, 2, np.where(t[1] == depth, 1, 0)).astype(np.uint8)
+    side = np.where(axis == 2, far_side[2], np.where(axis == 1, far_side[1], far_side[0]))
+    surface = 2 * axis + side
     first = len(PLANE_LABELS) + len(world.panels)
     for i, solid in enumerate(world.solids):
         # Only the part of the image that the ball around the solid can cover is looked at.
@@ -53,19 +54,16 @@ def cast(world: World, intrinsics: Array, size: Size) -> Hits:
         depth[window][nearer] = here[nearer]
         surface[window][nearer] = first + i
     point = origin.astype(f32)[:, None, None] + ray * depth
-    normal, uv = np.zeros_like(point), np.empty((2, *size), f32)
-    for plane in range(len(PLANE_LABELS)):
-        on = surface == plane
-        normal[plane // 2][on] = -1 if plane % 2 else 1
-        along = [a for a in range(3) if a != plane // 2]
-        uv[:, on] = point[along][:, on]
+    inwards = 1 - 2 * side.astype(f32)
+    normal = np.stack([inwards * (axis == a) for a in range(3)])
+    uv = np.stack([np.where(axis == 0, point[1], point[0]), np.where(axis == 2, point[1], point[2])])
+    flat_surface, flat_uv = surface.ravel(), uv.reshape(2, -1)
     for i, panel in enumerate(world.panels):
-        on = surface == panel.plane
+        on = np.flatnonzero(flat_surface == panel.plane)
         middle = (np.array(panel.low) + panel.high) / 2
         half = (np.array(panel.high) - panel.low) / 2
-        a, b = (np.abs((uv[k] - f32(middle[k])) / f32(half[k])) for k in (0, 1))
-        inside = on & ((a * a + b * b < 1) if panel.is_round else ((a < 1) & (b < 1)))
-        surface[inside] = len(PLANE_LABELS) + i
+        a, b = (np.abs(flat_uv[k, on] - f32(middle[k])) / f32(half[k]) for k in (0, 1))
+        flat_surface[on[a * a + b * b < 1 if panel.is_round else (a < 1) & (b < 1)]] = len(PLANE_LABELS) + i
     for i, solid in enumerate(world.solids):
         on = surface == first + i
         if on.any():
@@ -110,19 +108,19 @@ def slab_interval(solid: Solid, offset: Array, ray: Array) -> tuple[Array, Array
     Args:
         solid: a box.
         offset: the rays' origin less the box's centre, (3,) or (3, ...).
-        ray: (3, ...), not zero in any component of the box's frame.
+        ray: (3, ...).
     """
     cos, sin = np.float32(np.cos(solid.yaw)), np.float32(np.sin(solid.yaw))
-    near, far = np.float32(-np.inf), np.float32(np.inf)
+    near = np.full(ray.shape[1:], -np.inf, np.float32)
+    far = -near
     turned = (
         (cos * offset[0] + sin * offset[1], cos * ray[0] + sin * ray[1]),
         (cos * offset[1] - sin * offset[0], cos * ray[1] - sin * ray[0]),
         (offset[2], ray[2]),
     )
     for (start, step), half in zip(turned, solid.half.astype(np.float32), strict=True):
-        with np.errstate(divide="ignore", invalid="ignore"):
-            inverse = 1 / step
-            middle = -np.asarray(start, np.float32) * inverse
+        inverse = 1 / np.where(step == 0, np.float32(1e-12), step)  # along a face: met far outside, or never
+        middle = -np.asarray(start, np.float32) * inverse
         reach = half * np.abs(inverse)
         near, far = np.maximum(near, middle - reach), np.minimum(far, middle + reach)
     return near, far

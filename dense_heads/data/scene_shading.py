@@ -1,6 +1,7 @@
 """The colours of an indoor scene: textures, a lamp with soft shadows, light from windows, dark corners, a sensor.
 
-Every class draws its colours and patterns from the same distributions, so that none is told by its colour.
+As in real rooms, floors are more often of planks and ceilings more often white; but any class may have any pattern and
+any colour, so that none is told by them alone.
 """
 
 import colorsys
@@ -11,11 +12,35 @@ import numpy as np
 import numpy.typing as npt
 
 from dense_heads.data.scene_rays import Hits, slab_interval
-from dense_heads.data.scene_world import DOOR, PLANE_LABELS, RUG, SPHERE, WINDOW, Panel, Solid, World
+from dense_heads.data.scene_world import (
+    BOX,
+    CEILING,
+    DOOR,
+    FLOOR,
+    PLANE_LABELS,
+    RUG,
+    SPHERE,
+    WALL,
+    WINDOW,
+    Panel,
+    Solid,
+    World,
+)
 
 Array = npt.NDArray[Any]
 
 _PATTERNS = ("plain", "stripes", "checks", "bricks", "planks", "dots", "marble")
+_HABITS: dict[int, tuple[tuple[float, ...], float, tuple[float, float]]] = {
+    # class: how often each pattern, how colourful (0-1), from how dark to how light
+    WALL: ((8, 2, 1, 2, 1, 1, 1), 0.3, (0.45, 0.98)),
+    FLOOR: ((2, 1, 3, 1, 8, 0.5, 1), 0.35, (0.2, 0.75)),
+    CEILING: ((9, 1, 0.5, 0.5, 2, 0.5, 0.5), 0.12, (0.5, 1.0)),
+    DOOR: ((3, 0.5, 0.5, 0.5, 4, 0.5, 1), 0.4, (0.25, 0.95)),
+    WINDOW: ((5, 0.5, 0.5, 0.5, 1, 0.5, 0.5), 0.2, (0.2, 1.0)),
+    RUG: ((1, 4, 3, 1, 0.5, 3, 3), 0.55, (0.2, 0.9)),
+    BOX: ((2, 3, 2, 2, 3, 1, 1), 0.5, (0.25, 0.95)),
+    SPHERE: ((3, 3, 2, 0.5, 0.5, 3, 2), 0.6, (0.3, 0.98)),
+}
 _SKIRTING_M = 0.08
 
 
@@ -23,15 +48,15 @@ def shade(world: World, hits: Hits, focal: float, rng: np.random.Generator) -> n
     """(H, W, 3) RGB of what the rays hit; `focal` in pixels."""
     eye = world.camera_to_world[:3, 3].astype(np.float32)
     to_eye = eye[:, None, None] - hits.point
-    to_eye /= np.sqrt((to_eye * to_eye).sum(axis=0))
+    to_eye /= np.sqrt(_dot(to_eye, to_eye))
     # How much of a surface one pixel covers: finer patterns fade there instead of flickering.
-    footprint = hits.depth_m / np.float32(focal) / np.maximum((hits.normal * to_eye).sum(axis=0), 0.05)
+    footprint = hits.depth_m / np.float32(focal) / np.maximum(_dot(hits.normal, to_eye), 0.05)
     albedo, gloss, glow = _materials(world, hits, footprint, rng)
     light = _light(world, hits, to_eye, gloss, rng)
     radiance = albedo * light[0] + light[1]
     outside = glow.any(axis=0)
     inside = radiance[:, ~outside]
-    exposure = rng.uniform(0.16, 0.34) / max(float(inside.mean()) if inside.size else 0.0, 1e-3)
+    exposure = np.exp(rng.uniform(np.log(0.1), np.log(0.4))) / max(float(inside.mean()) if inside.size else 0.0, 1e-3)
     radiance = np.where(outside, glow, radiance * np.float32(exposure))
     return _develop(radiance, rng)
 
@@ -42,19 +67,20 @@ def _materials(world: World, hits: Hits, footprint: Array, rng: np.random.Genera
     gloss = np.zeros_like(hits.depth_m)
     noise = _Noise(hits.uv, rng)
     table = rng.random((64, 64), dtype=np.float32)
-    walls = [_Material(rng), _Material(rng)]  # all walls alike, or one that differs
+    walls = [_Material(WALL, rng), _Material(WALL, rng)]  # all walls alike, or one that differs
     accent = int(rng.integers(4)) if rng.random() < 0.5 else -1
-    skirting, has_skirting = _colour(rng), rng.random() < 0.7
+    skirting, has_skirting = _colour(DOOR, rng), rng.random() < 0.7
     surfaces: list[Panel | Solid | int] = [*range(len(PLANE_LABELS)), *world.panels, *world.solids]
     for index, surface in enumerate(surfaces):
-        material = walls[int(index == accent)] if index < 4 else _Material(rng)
+        label = PLANE_LABELS[surface] if isinstance(surface, int) else surface.label
+        material = walls[int(index == accent)] if label == WALL else _Material(label, rng)
         on = np.flatnonzero(hits.surface == index)
         if not on.size:
             continue
         uv = hits.uv.reshape(2, -1)[:, on]
         grain = noise.values.reshape(3, -1)[:, on]
         colour = material.colours(uv, footprint.ravel()[on], grain, table)
-        if index < 4 and has_skirting:
+        if label == WALL and has_skirting:
             colour = np.where(uv[1] < _SKIRTING_M, skirting[:, None], colour)
         if isinstance(surface, Panel):
             low, high = (np.array(side, np.float32)[:, None] for side in (surface.low, surface.high))
@@ -65,7 +91,7 @@ def _materials(world: World, hits: Hits, footprint: Array, rng: np.random.Genera
                 glow.reshape(3, -1)[:, on] = pane
             elif surface.label == RUG:
                 part = np.abs((uv - low) / (high - low) * 2 - 1)
-                edge = (part * part).sum(axis=0) > 0.8 if surface.is_round else part.max(axis=0) > 0.88
+                edge = part[0] ** 2 + part[1] ** 2 > 0.8 if surface.is_round else part.max(axis=0) > 0.88
                 colour = np.where(edge, material.other[:, None], colour)
         albedo.reshape(3, -1)[:, on] = colour
         gloss.ravel()[on] = material.gloss
@@ -89,18 +115,19 @@ class _Noise:
 class _Material:
     """Two colours in a pattern, with grain."""
 
-    def __init__(self, rng: np.random.Generator) -> None:
-        self.base = _colour(rng)
+    def __init__(self, label: int, rng: np.random.Generator) -> None:
+        self.base = _colour(label, rng)
         # The second colour is a relative of the first, or any other.
-        self.other = self.base * rng.uniform(0.45, 0.85) if rng.random() < 0.6 else _colour(rng)
+        self.other = self.base * rng.uniform(0.45, 0.85) if rng.random() < 0.6 else _colour(label, rng)
         if rng.random() < 0.5:
             self.base, self.other = self.other, self.base
-        self.pattern = str(rng.choice(_PATTERNS))
+        habit = np.array(_HABITS[label][0])
+        self.pattern = str(rng.choice(_PATTERNS, p=habit / habit.sum()))
         self.period = np.float32(np.exp(rng.uniform(np.log(0.06), np.log(0.5))))
         self.ratio = np.float32(rng.choice([1.0, 2.0, 4.0, 8.0]))
         self.turned = bool(rng.random() < 0.5)
         self.grain = rng.uniform(0.02, 0.25)
-        self.gloss = np.float32(rng.choice([0.0, rng.uniform(0.02, 0.5)]))
+        self.gloss = np.float32(rng.choice([0.0, rng.uniform(0.02, 0.35)]))
         self.shift = rng.uniform(0, 64, (2, 1)).astype(np.float32)
 
     def colours(self, uv: Array, footprint: Array, grain: Array, table: Array) -> Array:
@@ -153,7 +180,7 @@ def _door(colour: Array, place: Array, size: Array, material: _Material) -> Arra
 def _window(colour: Array, place: Array, size: Array, grain: Array, rng: np.random.Generator) -> tuple[Array, Array]:
     """The light through the panes (zero on the bars), and the bars."""
     u, v = place / size
-    top, low, ground = (_colour(rng)[:, None] for _ in range(3))
+    top, low, ground = (_colour(BOX, rng)[:, None] for _ in range(3))
     level = rng.choice([rng.uniform(0.05, 0.2), rng.uniform(0.3, 1.3)])
     horizon = np.float32(rng.uniform(0.1, 0.6)) + (grain[0] - 0.5) * np.float32(0.3)
     sky = low + (top - low) * np.clip((v - 0.4) / 0.6, 0, 1) + 0.3 * (grain[0] - 0.5)
@@ -168,22 +195,23 @@ def _window(colour: Array, place: Array, size: Array, grain: Array, rng: np.rand
     return np.asarray(pane, dtype=np.float32), colour
 
 
-def _light(
-    world: World, hits: Hits, to_eye: Array, gloss: Array, rng: np.random.Generator
-) -> tuple[Array, Array]:
+def _light(world: World, hits: Hits, to_eye: Array, gloss: Array, rng: np.random.Generator) -> tuple[Array, Array]:
     """What falls on each pixel's surface (3, H, W), and what it mirrors of the lamp (3, H, W)."""
     warm = np.array([1.0, rng.uniform(0.82, 1.0), rng.uniform(0.62, 1.0)], np.float32)[:, None, None]
     cold = np.array([rng.uniform(0.75, 1.0), rng.uniform(0.88, 1.0), 1.0], np.float32)[:, None, None]
     strength = rng.uniform(1.0, 3.0)
     open_sky = _openness(world, hits)
     to_lamp = world.lamp.astype(np.float32)[:, None, None] - hits.point
-    distance = np.sqrt((to_lamp * to_lamp).sum(axis=0))
+    distance = np.sqrt(_dot(to_lamp, to_lamp))
     direction = to_lamp / distance
-    facing = np.maximum((hits.normal * direction).sum(axis=0), 0)
-    lit = facing * _lit(world.solids, hits.point, to_lamp, distance) / (0.6 + 0.25 * distance * distance)
+    facing = np.maximum(_dot(hits.normal, direction), 0)
+    lit = facing * _lit(world.solids, hits.point, to_lamp, facing) / (0.6 + 0.25 * distance * distance)
     half_way = direction + to_eye
-    half_way /= np.sqrt((half_way * half_way).sum(axis=0)) + np.float32(1e-6)
-    mirrored = np.maximum((half_way * hits.normal).sum(axis=0), 0) ** 40 * gloss * (lit > 0)
+    half_way /= np.sqrt(_dot(half_way, half_way)) + np.float32(1e-6)
+    mirrored = np.maximum(_dot(half_way, hits.normal), 0)
+    for _ in range(5):  # to the 32nd power; much quicker than asking for it at once
+        mirrored = mirrored * mirrored
+    mirrored = mirrored * gloss * (lit > 0)
     falling = (0.35 + 0.15 * hits.normal[2]) * open_sky * cold + np.float32(strength) * lit * warm
     for panel in world.panels:
         if panel.label == WINDOW:
@@ -198,9 +226,9 @@ def _daylight(world: World, panel: Panel, hits: Hits, rng: np.random.Generator) 
     middle[axis] = world.room_m[axis] * side
     middle[1 - axis], middle[2] = ((low + high) / 2 for low, high in zip(panel.low, panel.high, strict=True))
     ray = middle[:, None, None] - hits.point
-    squared = (ray * ray).sum(axis=0) + np.float32(0.3)
+    squared = _dot(ray, ray) + np.float32(0.3)
     inwards = np.abs(ray[axis]) / np.sqrt(squared)
-    facing = np.maximum((ray * hits.normal).sum(axis=0) / np.sqrt(squared), 0)
+    facing = np.maximum(_dot(ray, hits.normal) / np.sqrt(squared), 0)
     return np.asarray(facing * inwards / squared * np.float32(rng.uniform(0.2, 2.0)), dtype=np.float32)
 
 
@@ -214,27 +242,35 @@ def _openness(world: World, hits: Hits) -> Array:
             open_sky *= 1 - np.float32(0.4) * away * np.exp(gap * np.float32(-3.5))
     for solid in world.solids:
         ray = solid.centre.astype(np.float32)[:, None, None] - hits.point
-        squared = (ray * ray).sum(axis=0)
-        towards = np.maximum((ray * hits.normal).sum(axis=0), 0) / np.sqrt(squared)
+        squared = _dot(ray, ray)
+        towards = np.maximum(_dot(ray, hits.normal), 0) / np.sqrt(squared)
         size = np.float32(np.cbrt(np.prod(solid.half)) ** 2)
         open_sky *= 1 - np.minimum(towards * size / np.maximum(squared, size), 1) * np.float32(0.75)
     return open_sky
 
 
-def _lit(solids: tuple[Solid, ...], point: Array, to_lamp: Array, distance: Array) -> Array:
+def _lit(solids: tuple[Solid, ...], point: Array, to_lamp: Array, facing: Array) -> Array:
     """How much of the lamp each point sees, 0..1; `to_lamp` reaches the lamp at parameter 1."""
-    lit = np.ones_like(distance)
+    lit = np.ones_like(facing)
+    # The lamp hangs above all solids: what lies higher than they do is in no shadow.
+    top = np.float32(max((solid.centre[2] + solid.half[2] for solid in solids), default=0.0))
+    on = np.flatnonzero((facing > 0) & (point[2] < top))
+    points, way = point.reshape(3, -1)[:, on], to_lamp.reshape(3, -1)[:, on]
+    squared = _dot(way, way)
+    distance = np.sqrt(squared)
+    shares = np.ones_like(distance)
     for solid in solids:
-        offset = point - solid.centre.astype(np.float32)[:, None, None]
+        offset = points - solid.centre.astype(np.float32)[:, None]
         if solid.label == SPHERE:
-            along = -(offset * to_lamp).sum(axis=0) / (distance * distance)
-            miss = offset + np.clip(along, 0, 1) * to_lamp
-            gap = np.sqrt((miss * miss).sum(axis=0)) / np.float32(solid.half[0])
-            lit *= np.where(along > 0, _step(gap, 0.86, 1.1), 1)
+            along = -_dot(offset, way) / squared
+            miss = offset + np.clip(along, 0, 1) * way
+            gap = np.sqrt(_dot(miss, miss)) / np.float32(solid.half[0])
+            shares *= np.where(along > 0, _step(gap, 0.86, 1.1), 1)
         else:
-            near, far = slab_interval(solid, offset, to_lamp)
+            near, far = slab_interval(solid, offset, way)
             inside = (np.minimum(far, 1) - np.maximum(near, 0)) * distance  # metres of the way that lie in the box
-            lit *= 1 - _step(np.nan_to_num(inside, nan=0.0), 0.005, 0.12)
+            shares *= 1 - _step(inside, 0.005, 0.12)
+    lit.ravel()[on] = shares
     return lit
 
 
@@ -252,10 +288,16 @@ def _develop(radiance: Array, rng: np.random.Generator) -> npt.NDArray[np.uint8]
     return np.asarray(np.clip(image + noise + 0.5, 0, 255), dtype=np.float32).astype(np.uint8)
 
 
-def _colour(rng: np.random.Generator) -> Array:
-    """Any hue, mostly muted, light or dark: (3,) linear RGB."""
-    rgb = colorsys.hsv_to_rgb(rng.random(), rng.beta(1.1, 1.8), rng.uniform(0.25, 0.98))
+def _colour(label: int, rng: np.random.Generator) -> Array:
+    """(3,) linear RGB of any hue, as colourful and as light as the class has it."""
+    _, colourful, (dark, light) = _HABITS[label]
+    rgb = colorsys.hsv_to_rgb(rng.random(), rng.beta(1.2, 1.2 / colourful - 0.4), rng.uniform(dark, light))
     return np.asarray(np.array(rgb) ** 2.0 * 0.9 + 0.02, dtype=np.float32)
+
+
+def _dot(a: Array, b: Array) -> Array:
+    """Of vectors along the first axis; quicker than a sum over it."""
+    return np.asarray(a[0] * b[0] + a[1] * b[1] + a[2] * b[2])
 
 
 def _step(x: Array, low: float, high: float) -> Array:

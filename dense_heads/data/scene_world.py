@@ -52,11 +52,11 @@ def draw_world(rng: np.random.Generator) -> World:
     """A room, and a camera in it that looks across it."""
     room = np.array([rng.uniform(3, 6.5), rng.uniform(3, 6.5), rng.uniform(2.3, 3.1)])
     position, yaw, view = _draw_view(rng, room)
-    pitch, roll = np.deg2rad(rng.uniform(-20, 4)), np.deg2rad(rng.normal(0, 1.5))
+    pitch, roll = np.deg2rad(rng.uniform(-24, 2)), np.deg2rad(rng.normal(0, 1.5))
     lamp = np.array([*(room[:2] * rng.uniform(0.25, 0.75, 2)), room[2] - rng.uniform(0.1, 0.5)])
     return World(
         room_m=room,
-        panels=_draw_panels(rng, room, yaw),
+        panels=_draw_panels(rng, room, position, yaw),
         solids=_draw_solids(rng, room, position, yaw, view),
         camera_to_world=_pose(position, yaw, pitch, roll),
         lamp=lamp,
@@ -90,7 +90,7 @@ def _pose(position: Array, yaw: float, pitch: float, roll: float) -> Array:
     return pose
 
 
-def _draw_panels(rng: np.random.Generator, room: Array, yaw: float) -> tuple[Panel, ...]:
+def _draw_panels(rng: np.random.Generator, room: Array, camera: Array, yaw: float) -> tuple[Panel, ...]:
     """Doors and windows on walls that the camera may see, none over another, and at times a rug."""
     ahead = (np.cos(yaw), np.sin(yaw))
     walls = [2 * axis + side for axis in (0, 1) for side in (0, 1) if ahead[axis] * (2 * side - 1) > -0.3]
@@ -107,10 +107,10 @@ def _draw_panels(rng: np.random.Generator, room: Array, yaw: float) -> tuple[Pan
         taken = [panel for panel in panels if panel.plane == plane]
         if all(left > p.high[0] + 0.15 or left + width < p.low[0] - 0.15 for p in taken):
             panels.append(Panel(label, plane, (left, bottom), (left + width, top)))
-    if rng.random() < 0.7:
+    if rng.random() < 0.75:
         half = np.minimum(rng.uniform(0.5, 1.4, 2), room[:2] / 2 - 0.3)
-        centre = rng.uniform(half + 0.2, room[:2] - half - 0.2)
-        low, high = centre - half, centre + half
+        centre = camera[:2] + rng.uniform(1.5, 3.0) * np.array(ahead)
+        low, high = (np.clip(centre, half + 0.2, room[:2] - half - 0.2) + side * half for side in (-1, 1))
         panels.append(Panel(RUG, 4, (low[0], low[1]), (high[0], high[1]), is_round=bool(rng.random() < 0.4)))
     return tuple(panels)
 
@@ -119,7 +119,7 @@ def _draw_solids(rng: np.random.Generator, room: Array, camera: Array, yaw: floa
     """Solids before the camera, on the floor or on boxes, none in another; those that find no place are left out."""
     solids: list[Solid] = []
     free_tops: list[int] = []
-    for _ in range(int(rng.integers(3, 10))):
+    for _ in range(int(rng.integers(4, 12))):
         label = BOX if rng.random() < 0.55 else SPHERE
         if label == BOX:
             half = np.exp(rng.uniform(np.log([0.09, 0.09, 0.08]), np.log([0.5, 0.45, 0.6])))
@@ -129,10 +129,11 @@ def _draw_solids(rng: np.random.Generator, room: Array, camera: Array, yaw: floa
         radius = _radius(half, label)
         stands_on = [i for i in free_tops if solids[i].half[:2].min() > 0.8 * radius]
         if stands_on and rng.random() < 0.6:
-            base = solids[stands_on[int(rng.integers(len(stands_on)))]]
+            chosen = int(rng.choice(stands_on))
+            base = solids[chosen]
             height = base.centre[2] + base.half[2]
             if height + 2 * half[2] < 1.7:
-                free_tops.remove(next(i for i in stands_on if solids[i] is base))
+                free_tops.remove(chosen)
                 solids.append(Solid(label, np.array([*base.centre[:2], height + half[2]]), half, turn))
                 continue
         for _ in range(8):

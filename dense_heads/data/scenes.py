@@ -42,7 +42,7 @@ class Scene:
     @property
     def masks(self) -> npt.NDArray[np.bool_]:
         """(n, H, W): the visible pixels of each instance."""
-        return self.instances[None] == np.arange(1, len(self.boxes) + 1)[:, None, None]
+        return np.asarray(self.instances[None] == np.arange(1, len(self.boxes) + 1)[:, None, None])
 
 
 def render_scene(seed: int, size: Size = (240, 320)) -> Scene:

@@ -1,16 +1,16 @@
-"""Trained heads from files: those that DINOv2's authors released, and our own artefacts."""
+"""The heads that DINOv2's authors released, and how a head is filled from a file: theirs, or our own artefacts."""
 
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from dense_heads.errors import UserError, unknown_name
 from dense_heads.heads.base import Head
+from dense_heads.heads.files import listed, read_tensors, weights_file
 
 log = logging.getLogger(__name__)
 
@@ -19,9 +19,14 @@ BASE_URL = "https://dl.fbaipublicfiles.com/dinov2"
 # but rooms do not import each other, and these are the files' own.)
 _WIDTHS = {"vits14": 384, "vitb14": 768, "vitl14": 1024, "vitg14": 1536}
 _NUM_CLASSES = {"ade20k": 150, "voc2012": 21}
-_FILE_NAMES = {"linear": "linear", "linear4": "ms"}  # our name of the head -> theirs
-_NUM_BLOCKS = {"linear": 1, "linear4": 4}
-_RELEASED_NAME = re.compile(r"dinov2_(vit[sblg]14)_(ade20k|voc2012)_(linear|ms)_head")
+_SEGMENTATION = {"linear": "linear", "linear4": "ms"}  # our name of the head -> theirs
+_DEPTH = {"linear_depth": "linear", "linear4_depth": "linear4", "dpt": "dpt"}
+_RELEASED = {"ade20k": _SEGMENTATION, "voc2012": _SEGMENTATION, "nyu": _DEPTH, "kitti": _DEPTH}
+_NUM_BLOCKS = {"linear": 1, "linear4": 4, "linear_depth": 1, "linear4_depth": 4, "dpt": 4}
+# The weight whose shape says whose head it is: of the linear heads, the linear depth heads, and DPT.
+_LINEAR, _LINEAR_DEPTH, _DPT = "conv_seg.weight", "conv_depth.weight", "reassemble_blocks.projects.0.conv.weight"
+_DPT_LAST = "conv_depth.head.4.weight"
+_RELEASED_NAME = re.compile(r"dinov2_(vit[sblg]14)_(ade20k|voc2012|nyu|kitti)_(linear4?|ms|dpt)_head")
 _HEAD_PREFIX, _BACKBONE_PREFIX = "decode_head.", "backbone."
 _NO_REGISTERS = (
     "DINOv2's dense heads were trained on, and released for, the backbones without registers only; features of the "
@@ -29,34 +34,14 @@ _NO_REGISTERS = (
 )
 
 
-class _IgnoredDtype:
-    """Stands in for `numpy.dtype` while a checkpoint is read."""
-
-    def __init__(self, *args: object) -> None: ...
-    def __setstate__(self, state: object) -> None: ...
-
-
-def _ignored_scalar(*args: object) -> None:
-    """Stands in for numpy's scalar reconstruction while a checkpoint is read."""
-
-
-# mmcv checkpoints keep a few numpy scalars beside the weights (best score, time), which `weights_only=True` refuses.
-# We do not want their values, so their names lead to stand-ins: numpy's own unpickling, which sets flags of C
-# structures from the file's bytes, never runs.
-_SCALAR_GLOBALS = [
-    (_ignored_scalar, "numpy.core.multiarray.scalar"),  # written by numpy 1
-    (_ignored_scalar, "numpy._core.multiarray.scalar"),  # written by numpy 2
-    (_IgnoredDtype, "numpy.dtype"),
-]
-
-
 def official_head_url(backbone_name: str, dataset: str, head_name: str) -> str:
-    """Where a released segmentation head lies [D2 README; hub entries have none for segmentation].
+    """Where a released head lies [D2 README, hub/depthers.py; there are no hub entries for segmentation].
 
     Args:
         backbone_name: such as `vitl14`, with or without `dinov2_`.
-        dataset: `ade20k` or `voc2012`.
-        head_name: `linear` or `linear4` (the original's `ms`).
+        dataset: `ade20k` or `voc2012` (segmentation), `nyu` or `kitti` (depth).
+        head_name: `linear` or `linear4` (the original's `ms`) for segmentation; `linear_depth`, `linear4_depth` or
+            `dpt` for depth.
 
     Raises:
         UserError: nothing was released for this backbone, data set or head.
@@ -67,11 +52,11 @@ def official_head_url(backbone_name: str, dataset: str, head_name: str) -> str:
             f"There is no official head for backbone {backbone_name!r}; there are some for {', '.join(_WIDTHS)}. "
             "Take one of these backbones, or train a head (head.weights=null)."
         )
-    if dataset not in _NUM_CLASSES:
-        raise unknown_name("data set of official heads", dataset, _NUM_CLASSES)
-    if head_name not in _FILE_NAMES:
-        raise unknown_name("official head", head_name, _FILE_NAMES)
-    return f"{BASE_URL}/dinov2_{name}/dinov2_{name}_{dataset}_{_FILE_NAMES[head_name]}_head.pth"
+    if dataset not in _RELEASED:
+        raise unknown_name("data set of official heads", dataset, _RELEASED)
+    if head_name not in _RELEASED[dataset]:
+        raise unknown_name(f"official {dataset} head", head_name, _RELEASED[dataset])
+    return f"{BASE_URL}/dinov2_{name}/dinov2_{name}_{dataset}_{_RELEASED[dataset][head_name]}_head.pth"
 
 
 def load_head_weights(head: Head, weights: str | Path, backbone_name: str, dataset: str | None = None) -> None:
@@ -82,16 +67,19 @@ def load_head_weights(head: Head, weights: str | Path, backbone_name: str, datas
         weights: a released `.pth` (`state_dict` with `decode_head.*`), our own `head.safetensors`, a folder that
             holds one, or a `.pth` of a head's own state dict. Nothing in the file is executed.
         backbone_name: the backbone that the head stands on.
-        dataset: `ade20k` or `voc2012` to check a released file's number of classes against; None does not check.
+        dataset: `ade20k`, `voc2012`, `nyu` or `kitti` to check a released file against, by what tells them apart: the
+            number of classes, the file's name; None does not check.
 
     Raises:
         UserError: no file, unreadable, hostile, other keys or shapes, values that are not finite; a released head
             over a backbone with registers, or named for another backbone, data set or head.
     """
-    path = _file(Path(weights))
-    state = _read(path)
+    path = weights_file(Path(weights))
+    state = read_tensors(path)
     if any(key.startswith(_HEAD_PREFIX) for key in state):
         name = _checked_backbone(backbone_name)
+        if dataset is not None and dataset not in _RELEASED:
+            raise unknown_name("data set of official heads", dataset, _RELEASED)
         _check_file_name(path, head, name, dataset)
         state = _head_part(state, path)
         _check_dataset(state, path, dataset)
@@ -99,39 +87,23 @@ def load_head_weights(head: Head, weights: str | Path, backbone_name: str, datas
     head.load_state_dict(state, strict=True)
 
 
-def _file(path: Path) -> Path:
-    if path.is_dir():
-        path = path / "head.safetensors"
-    if not path.is_file():
+def num_outputs_in(weights: str | Path) -> int:
+    """How many outputs the head in a file has: its classes, or 1 for depth. `weights` as for `load_head_weights`.
+
+    Raises:
+        UserError: no file, unreadable, hostile, or no head of ours.
+    """
+    path = weights_file(Path(weights))
+    state = {key.removeprefix(_HEAD_PREFIX): value for key, value in read_tensors(path).items()}
+    if _LINEAR_DEPTH in state:  # its channels are bins
+        return 1
+    last = state.get(_LINEAR, state.get(_DPT_LAST))
+    if last is None or last.ndim != 4:
         raise UserError(
-            f"There is no head weights file {path}. Expected a released .pth, a head.safetensors, or the folder of a "
-            "run; or head.weights=official for a released head."
+            f"{path} holds no head that is known here; expected {_LINEAR}, {_LINEAR_DEPTH} or {_DPT_LAST} (with or "
+            f"without {_HEAD_PREFIX}), got {listed(state)}."
         )
-    return path
-
-
-def _read(path: Path) -> dict[str, Tensor]:
-    """The file's tensors by name, whatever it is wrapped in."""
-    try:
-        if path.suffix == ".safetensors":
-            content: object = safetensors.torch.load_file(path)
-        else:
-            with torch.serialization.safe_globals(list(_SCALAR_GLOBALS)):
-                content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a broken file fails in a dozen ways; the original's advice would be to trust it
-        raise UserError(
-            f"{path} cannot be read as weights ({type(error).__name__}): it is damaged or cut short, or holds Python "
-            "objects beyond tensors and plain values, which are never loaded because they could run code. Fetch it "
-            "again from where it was released."
-        ) from error
-    if isinstance(content, Mapping):
-        content = content.get("state_dict", content)
-    if not (isinstance(content, Mapping) and content and all(isinstance(key, str) for key in content)):
-        raise UserError(f"{path} holds no weights; expected a state dict, or one under 'state_dict'.")
-    strangers = [key for key, value in content.items() if not isinstance(value, Tensor)]
-    if strangers:
-        raise UserError(f"{path} holds {_listed(strangers)} that are no tensors; expected a state dict of tensors.")
-    return dict(content)
+    return int(last.shape[0])
 
 
 def _checked_backbone(backbone_name: str) -> str:
@@ -150,17 +122,19 @@ def _checked_backbone(backbone_name: str) -> str:
 def _check_file_name(path: Path, head: Head, backbone_name: str, dataset: str | None) -> None:
     """Refuse a file whose name says that it belongs elsewhere.
 
-    Shapes alone cannot tell all: four blocks of ViT-S and one of ViT-g are both 1536 wide.
+    Shapes alone cannot tell all: four blocks of ViT-S and one of ViT-g are equally wide, NYU and KITTI heads are alike.
     """
     match = _RELEASED_NAME.search(path.name)
     if match is None:
         return
-    blocks = {_FILE_NAMES[name]: num for name, num in _NUM_BLOCKS.items()}[match[3]]
-    if match[1] != backbone_name or blocks != len(head.in_channels) or match[2] != (dataset or match[2]):
-        ours = next(name for name, theirs in _FILE_NAMES.items() if theirs == match[3])
+    by_name = next((ours for ours, theirs in _RELEASED[match[2]].items() if theirs == match[3]), None)
+    if by_name is None:  # such as "nyu_ms": no file of theirs
+        return
+    blocks = len(head.in_channels)
+    if match[1] != backbone_name or _NUM_BLOCKS[by_name] != blocks or match[2] != (dataset or match[2]):
         raise UserError(
-            f"{path} is by its name the official head of head={ours} on backbone={match[1]} for {match[2]}; got a head "
-            f"on {len(head.in_channels)} block(s) of {backbone_name}{f' for {dataset}' if dataset else ''}. Take the "
+            f"{path} is by its name the official head of head={by_name} on backbone={match[1]} for {match[2]}; got a "
+            f"head on {blocks} block(s) of {backbone_name}{f' for {dataset}' if dataset else ''}. Take the "
             "file that belongs to it (head.weights=official finds it)."
         )
 
@@ -171,7 +145,7 @@ def _head_part(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     others = [key for key in state if not key.startswith((_HEAD_PREFIX, _BACKBONE_PREFIX))]
     if others:
         raise UserError(
-            f"{path} holds {_listed(others)} beside its {_HEAD_PREFIX}* tensors; expected a head, or a head and its "
+            f"{path} holds {listed(others)} beside its {_HEAD_PREFIX}* tensors; expected a head, or a head and its "
             "backbone. Take them out of the file if they are not needed."
         )
     if ignored:
@@ -182,13 +156,12 @@ def _head_part(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
 def _check_dataset(state: Mapping[str, Tensor], path: Path, dataset: str | None) -> None:
     if dataset is None:
         return
-    if dataset not in _NUM_CLASSES:
-        raise unknown_name("data set of official heads", dataset, _NUM_CLASSES)
-    weight = state.get("conv_seg.weight")
-    if weight is not None and weight.ndim == 4 and weight.shape[0] != _NUM_CLASSES[dataset]:
-        raise UserError(
-            f"{path} does not belong to {dataset}, which has {_NUM_CLASSES[dataset]} classes: {_looks_like(weight)}."
-        )
+    classes = _NUM_CLASSES.get(dataset)
+    weight = state.get(_LINEAR)
+    theirs = weight.shape[0] if weight is not None and weight.ndim == 4 else None
+    if theirs != classes and _looks_like(state):
+        task = "is a depth data set" if classes is None else f"has {classes} classes"
+        raise UserError(f"{path} does not belong to {dataset}, which {task}.{_looks_like(state)}")
 
 
 def _check_fit(state: Mapping[str, Tensor], head: Head, path: Path, backbone_name: str) -> None:
@@ -197,36 +170,40 @@ def _check_fit(state: Mapping[str, Tensor], head: Head, path: Path, backbone_nam
     missing, unexpected = wanted.keys() - state.keys(), state.keys() - wanted.keys()
     if missing or unexpected:
         raise UserError(
-            f"{path} does not fit {type(head).__name__}: {len(missing)} keys are missing ({_listed(missing)}), "
-            f"{len(unexpected)} are unknown ({_listed(unexpected)}). Choose the head that the file was made for."
+            f"{path} does not fit {type(head).__name__}: {len(missing)} keys are missing ({listed(missing)}), "
+            f"{len(unexpected)} are unknown ({listed(unexpected)}).{_looks_like(state)} Choose the head that the file "
+            "was made for."
         )
     wrong = [key for key, value in wanted.items() if state[key].shape != value.shape]
     if wrong:
-        key = "conv_seg.weight" if "conv_seg.weight" in wrong else wrong[0]
-        guess = f" The file: {_looks_like(state[key])}." if key == "conv_seg.weight" and state[key].ndim == 4 else ""
+        key = next((telling for telling in (_LINEAR, _LINEAR_DEPTH, _DPT) if telling in wrong), wrong[0])
         raise UserError(
             f"{path} does not fit: {key} is {tuple(state[key].shape)}, expected {tuple(wanted[key].shape)} for "
-            f"{head.num_outputs} outputs on {len(head.in_channels)} block(s) of {backbone_name}.{guess} Choose "
-            "backbone, head and task to match the file, or another file."
+            f"{head.num_outputs} outputs on {len(head.in_channels)} block(s) of {backbone_name}.{_looks_like(state)} "
+            "Choose backbone, head and task to match the file, or another file."
         )
     broken = [key for key, value in state.items() if not bool(torch.isfinite(value).all())]
     if broken:
-        raise UserError(f"{path} holds values that are not finite in {_listed(broken)}. Take another file.")
+        raise UserError(f"{path} holds values that are not finite in {listed(broken)}. Take another file.")
 
 
-def _looks_like(weight: Tensor) -> str:
-    """Whose released head a (classes, channels, 1, 1) weight could be."""
-    classes, channels = weight.shape[:2]
-    dataset = next((f"{name}, " for name, num in _NUM_CLASSES.items() if num == classes), "")
+def _looks_like(state: Mapping[str, Tensor]) -> str:
+    """A sentence on whose head the tensors could be; empty where nothing tells."""
+    key = next((key for key in (_LINEAR, _LINEAR_DEPTH, _DPT) if key in state and state[key].ndim == 4), None)
+    if key is None:
+        return ""
+    outputs, channels = state[key].shape[:2]
+    if key == _LINEAR:
+        dataset = next((f"{name}, " for name, num in _NUM_CLASSES.items() if num == outputs), "")
+        what, sizes = f"{dataset}{outputs} classes, ", {"linear": 1, "linear4": 4}
+    elif key == _LINEAR_DEPTH:  # each block brings its cls token too
+        what, sizes = "depth (nyu or kitti), ", {"linear_depth": 2, "linear4_depth": 8}
+    else:
+        what, sizes = "", {"dpt": 1}
     owners = [
         f"head={head} backbone={backbone}"
         for backbone, width in _WIDTHS.items()
-        for head, blocks in _NUM_BLOCKS.items()
-        if width * blocks == channels
+        for head, size in sizes.items()
+        if width * size == channels
     ]
-    return f"it looks like {dataset}{classes} classes, {' or '.join(owners) or f'{channels} channels'}"
-
-
-def _listed(keys: Iterable[str]) -> str:
-    ordered = sorted(keys)
-    return ", ".join(ordered[:5]) + (f" and {len(ordered) - 5} more" if len(ordered) > 5 else "") or "none"
+    return f" The file: it looks like {what}{' or '.join(owners) or f'{channels} channels'}."

@@ -18,10 +18,11 @@ from dense_heads.errors import UserError
 from dense_heads.heads.base import Head
 from dense_heads.models.card import Card, read_card, write_card
 from dense_heads.models.dense import DenseModel, FrozenBackbone
+from dense_heads.models.depther import Depther
 from dense_heads.models.segmentor import Segmentor
 
 HEAD_FILE = "head.safetensors"
-MODELS: dict[str, type[DenseModel]] = {"segmentation": Segmentor}
+MODELS: dict[str, type[DenseModel]] = {"segmentation": Segmentor, "depth": Depther}
 
 
 def head_target(head: type) -> str:

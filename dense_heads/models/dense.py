@@ -104,13 +104,15 @@ def _stand_in_for_itself(module: nn.Module, state: dict[str, Any], prefix: str, 
 class DenseModel(nn.Module):
     """Frozen backbone + one head + its card: what is trained, kept, loaded and used; a family adds `decode`."""
 
+    transform_type: type[EvalTransform] = EvalTransform
+
     def __init__(self, backbone: FrozenBackbone, head: Head, card: Card) -> None:
         """`card` says how images are prepared and looked at; `transform` and `inference` may be changed after."""
         super().__init__()
         self.backbone = backbone
         self.head = head
         self.card = card
-        self.transform = EvalTransform(**{k: v for k, v in card.preprocessing.items() if k != "patch_fit"})
+        self.transform = self.transform_type(**{k: v for k, v in card.preprocessing.items() if k != "patch_fit"})
         self.inference = Inference(**card.inference)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -1,20 +1,17 @@
-"""`mode=predict`: label maps and overlays for a file or a folder of images."""
+"""`mode=predict`: a trained model on a file or a folder of images of any size and mode."""
 
 import logging
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import torch
 from omegaconf import DictConfig
-from PIL import Image
 from rich.progress import track
 
 from dense_heads.build.model import make_model
+from dense_heads.build.parts import family_of
 from dense_heads.data.images import list_images, read_image
-from dense_heads.data.labels import LabelRule
 from dense_heads.errors import UserError
-from dense_heads.report.panel import overlay
 
 log = logging.getLogger("dense_heads")
 
@@ -22,27 +19,23 @@ log = logging.getLogger("dense_heads")
 def main(cfg: DictConfig) -> None:
     """Predict every image of `input` into `output`; unreadable files are named at the end and stop nothing.
 
-    Writes `labels/NAME.png` (palette PNG of class ids at the image's own size) and `overlays/NAME.png`.
+    Raises:
+        UserError: a key is missing, there is nothing to read, or not one file could be read.
     """
     if cfg.input is None or cfg.output is None:
         raise UserError("mode=predict needs model=RUN, input=FILE_OR_FOLDER and output=FOLDER.")
-    if cfg.output_ids not in ("train", "raw"):
-        raise UserError(f"output_ids={cfg.output_ids}; expected train (0 to K-1) or raw (the data set's own values).")
     images = _images(Path(cfg.input))
-    output = Path(cfg.output)
     model = make_model(cfg).to("cuda" if torch.cuda.is_available() else "cpu")
-    rule = LabelRule(**model.card.labels)
-    palette = np.array(model.card.colours, dtype=np.uint8)
+    output = Path(cfg.output)
+    writer = family_of(cfg).writer(cfg, output, model.card)
     failed = []
-    for source, name in track(list(_names(images, Path(cfg.input))), description="predict", transient=True):
+    for source, name in track(_names(images, Path(cfg.input)), description="predict", transient=True):
         try:
             pixels = read_image(source)
         except UserError as error:
             failed.append(str(error))
             continue
-        labels = model.predict(pixels)
-        _save_labels(output / "labels" / f"{name}.png", labels, palette, rule if cfg.output_ids == "raw" else None)
-        _save(output / "overlays" / f"{name}.png", Image.fromarray(overlay(pixels, labels, palette)))
+        writer.write(name, pixels, model.predict(pixels))
     log.info("%d of %d images predicted into %s", len(images) - len(failed), len(images), output)
     if failed:
         log.warning("%d could not be read:\n%s", len(failed), "\n".join(failed))
@@ -70,17 +63,3 @@ def _names(images: list[Path], source: Path) -> list[tuple[Path, str]]:
         path.as_posix() if stems[path.with_suffix("")] > 1 else path.with_suffix("").as_posix() for path in relative
     ]
     return list(zip(images, names, strict=True))
-
-
-def _save_labels(path: Path, labels: np.ndarray, palette: np.ndarray, rule: LabelRule | None) -> None:
-    if rule is not None:
-        _save(path, Image.fromarray(rule.to_raw(labels)))
-        return
-    picture = Image.fromarray(labels.astype(np.uint8), mode="P")
-    picture.putpalette(palette.tobytes())
-    _save(path, picture)
-
-
-def _save(path: Path, picture: Image.Image) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path)

@@ -38,9 +38,7 @@ def compose(
     sheet = Image.new("RGB", (width, height), (255, 255, 255))
     draw = ImageDraw.Draw(sheet)
     if title:
-        draw.text(
-            (MARGIN, MARGIN - 3), _fit(title, font(18, bold=True), width - 2 * MARGIN), INK, font(18, bold=True)
-        )
+        draw.text((MARGIN, MARGIN - 3), _fit(title, font(18, bold=True), width - 2 * MARGIN), INK, font(18, bold=True))
     for number, (caption, pixels) in enumerate(tiles):
         left = MARGIN + (number % columns) * (size[0] + GAP)
         upper = top + (number // columns) * (CAPTION + size[1] + GAP)

@@ -1,5 +1,6 @@
 """What every reader of an on-disk format shares: its samples and its errors."""
 
+import math
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ class Sample:
     image_id: str
     image: Path
     mask: Path | None = None  # None where a test set keeps its labels to itself
+    depth: Path | None = None
+    focal: float | None = None  # pixels, of the image on disk
 
 
 class Reader(Protocol):
@@ -60,13 +63,48 @@ def read_list(path: Path) -> list[str]:
     return names
 
 
+@dataclass(frozen=True)
+class Pair:
+    """A line of a list of pairs: paths as they stand there, without a leading slash."""
+
+    image: str
+    depth: str | None  # None where the list says `None`: there is no measurement
+    focal: float | None  # pixels
+
+
+def read_pairs(path: Path) -> list[Pair]:
+    """The lines `image depth [focal length]` of a list, sorted by the image (as the published evaluations do).
+
+    Raises:
+        UserError: the file cannot be read, is empty, names an image twice, or a line has another form.
+    """
+    pairs: dict[str, Pair] = {}
+    for line in read_list(path):
+        fields = line.split()
+        try:
+            focal = float(fields[2]) if len(fields) == 3 else None
+        except ValueError:
+            fields = []
+        outside = any(".." in Path(name).parts for name in fields[:2])
+        if len(fields) not in (2, 3) or outside or (focal is not None and not 0 < focal < math.inf):
+            raise UserError(
+                f"{path}: the line {line[:200]!r}; expected `IMAGE DEPTH` or `IMAGE DEPTH FOCAL_LENGTH`, separated by "
+                "blanks, with paths below the data's folder. Correct the line, or get the list again."
+            )
+        image, depth = (name.lstrip("/") for name in fields[:2])
+        if image in pairs:
+            raise UserError(f"{path}: {image} is named more than once; expected each image once. Remove the copies.")
+        pairs[image] = Pair(image, None if depth == "None" else depth, focal)
+    return [pairs[image] for image in sorted(pairs)]
+
+
 def require_files(samples: Sequence[Sample], source: Path) -> None:
-    """Check that all images and masks exist.
+    """Check that all images and labels exist.
 
     Raises:
         UserError: some do not; names the first of them.
     """
-    gone = [str(p) for s in samples for p in (s.image, s.mask) if p is not None and not p.is_file()]
+    gone = [str(p) for s in samples for p in (s.image, s.mask, s.depth) if p is not None and not p.is_file()]
     if gone:
         raise UserError(
             f"{source}: {len(gone)} of the files that belong to it do not exist: {shorten(gone)}. "
