@@ -14,6 +14,7 @@ from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -22,17 +23,11 @@ from yaml import YAMLError
 
 from dense_heads import recompose as _recompose
 from dense_heads.errors import UserError, unknown_name, user_error_in
+from dense_heads.modes import MODES
 from dense_heads.paths import CONF_DIR, TASKS_DIR
 from dense_heads.registry import register_tasks
 
 GROUPS = ("task", "backbone", "head", "optim", "trainer", "logger", "callbacks", "debug", "experiment")
-MODES = {
-    "fit": "train a head, measure it, write the run folder (default)",
-    "evaluate": "measure a trained head: model=RUN, on its own or another task=",
-    "predict": "model=RUN input=FILE_OR_FOLDER output=FOLDER: label maps and overlays",
-}
-PLANNED_MODES = ("export", "embed", "sweep", "doctor")
-
 recompose = _recompose.recompose
 
 
@@ -82,6 +77,8 @@ def print_help() -> int:
 def hand_to_hydra(arguments: list[str], conf_dir: Path) -> None:
     """Compose the run with Hydra and start it; raises what the run raises."""
     register_tasks()
+    with _without_current_folder():
+        Plugins.instance()  # looked for once: a `hydra_plugins` of the current folder is not ours to run
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra would print and exit by itself: we want the exception
     failed: list[Exception] = []
 
@@ -105,6 +102,16 @@ def hand_to_hydra(arguments: list[str], conf_dir: Path) -> None:
         sys.argv = before
     if failed:
         raise failed[0]
+
+
+@contextmanager
+def _without_current_folder() -> Iterator[None]:
+    before = list(sys.path)
+    sys.path[:] = [entry for entry in before if entry and Path(entry).resolve() != Path.cwd()]
+    try:
+        yield
+    finally:
+        sys.path[:] = before
 
 
 @dataclass
@@ -145,6 +152,9 @@ def _translated(error: BaseException | None) -> UserError | None:
             return UserError(f"{found[1]} is not set and has no default. Set it: {found[1]}=VALUE.")
         if text.startswith("Config group override must be a string or a list"):
             return UserError("A group cannot be null. Choose one of its options (--help), or remove it: '~GROUP'.")
+        if isinstance(error, OSError) and error.filename:
+            what = f"{error.filename}: {error.strerror or type(error).__name__}"
+            return UserError(f"{what}. Expected a place that can be read or written; check the path and the rights.")
         if isinstance(error, YAMLError):
             return UserError(f"Not readable as YAML: {text}. Correct the file.")
         if isinstance(error, OverrideParseException):

@@ -13,6 +13,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 from dense_heads.errors import UserError
+from dense_heads.ops.files import write_atomically
 from dense_heads.paths import CONF_DIR
 
 OVERRIDES_FILE = "overrides.yaml"
@@ -114,7 +115,7 @@ def keep_overrides(run: Path, overrides: Sequence[str]) -> list[str]:
         if key in ("data.root", "backbone.weights", "head.weights") and value and Path(value).exists():
             override = f"{key}={_quoted(str(Path(value).resolve()))}"
         kept.append(override)
-    (run / OVERRIDES_FILE).write_text(yaml.safe_dump(kept, allow_unicode=True), encoding="utf-8")
+    write_atomically(run / OVERRIDES_FILE, yaml.safe_dump(kept, allow_unicode=True))
     return kept
 
 

@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+import math
 import os
 import sys
 import warnings
@@ -13,17 +14,17 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.logging import RichHandler
 
-from dense_heads.command import MODES, PLANNED_MODES
 from dense_heads.errors import UserError, unknown_name
+from dense_heads.modes import MODES, PLANNED_MODES
 
-_WHOLE_NUMBERS = (
-    "seed", "task.num_classes", "data.batch_size", "data.image_size", "data.num_workers", "trainer.max_steps",
-)  # fmt: skip
-_NUMBERS = ("optim.lr", "optim.weight_decay", "optim.clip_norm")
-_CHOICES = {
-    "task.protocol.select": ("last", "best"),
-    "task.metrics.direction": ("max", "min"),
-}
+# What is often typed, and fails somewhere deep when it is wrong: key -> the least that makes sense.
+_WHOLE_NUMBERS = {
+    "seed": 0, "task.num_classes": 2, "data.batch_size": 1, "data.image_size": 1, "data.num_workers": 0,
+    "trainer.max_steps": 1, "trainer.val_check_interval": 1, "trainer.accumulate_grad_batches": 1,
+    "trainer.log_every_n_steps": 1, "callbacks.checkpoints.every": 1, "callbacks.checkpoints.keep": 1,
+}  # fmt: skip
+_NUMBERS = ("optim.lr", "optim.weight_decay", "optim.clip_norm", "head.lr", "head.weight_decay")
+_CHOICES = {"task.protocol.select": ("last", "best"), "task.metrics.direction": ("max", "min")}
 
 
 def run(cfg: DictConfig) -> float | None:
@@ -67,18 +68,21 @@ def _set_up_logging() -> None:
 
 
 def _refuse_bad_values(cfg: DictConfig) -> None:
-    """What is often typed, before it fails somewhere deep; constructors check the rest."""
-    for key in _WHOLE_NUMBERS + _NUMBERS:
-        value, kind = OmegaConf.select(cfg, key), int if key in _WHOLE_NUMBERS else int | float
+    for key in (*_WHOLE_NUMBERS, *_NUMBERS):
+        value = OmegaConf.select(cfg, key)
         if value is None and key != "seed":
             continue
-        values = list(value) if key == "data.image_size" and OmegaConf.is_list(value) else [value]
-        if all(isinstance(number, kind) and not isinstance(number, bool) for number in values):
-            continue
-        raise UserError(f"{key}={value}: expected a {'whole ' if kind is int else ''}number.")
+        kind, least = (int, _WHOLE_NUMBERS[key]) if key in _WHOLE_NUMBERS else (int | float, 0)
+        for number in value if OmegaConf.is_list(value) else [value]:
+            if not isinstance(number, kind) or isinstance(number, bool) or not least <= number < math.inf:
+                what = "whole number" if kind is int else "number"
+                raise UserError(f"{key}={value}: expected a {what}, {least} or above.")
     for key, known in _CHOICES.items():
-        if (value := OmegaConf.select(cfg, key)) not in known:
-            raise unknown_name(f"{key}:", str(value), known)
+        if (choice := OmegaConf.select(cfg, key)) not in known:
+            raise unknown_name(f"{key}:", str(choice), known)
+    for key in ("trainer.limit_val_batches", "trainer.limit_test_batches"):
+        if OmegaConf.select(cfg, key) == 0:
+            raise UserError(f"{key}=0: a run is measured at its end. Set it to 1 or more, or to 1.0 for all.")
 
 
 def _refuse_unused_data_keys(cfg: DictConfig) -> None:

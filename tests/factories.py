@@ -1,11 +1,28 @@
 """Makers of small fake data in the official on-disk layouts: true folders and formats, pixels that can be learnt."""
 
+from functools import cache
 from pathlib import Path
 
 import numpy as np
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 from PIL import Image
 
+from dense_heads.paths import CONF_DIR
+from dense_heads.registry import register_tasks
+
 DATA = Path(__file__).parents[1] / "../shared/data"  # real samples; tests that read them skip where absent
+
+
+@cache
+def composed(*overrides):
+    """The config that the command would compose, resolved; shared between tests, so it cannot be written to."""
+    register_tasks()
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        cfg = compose("config", list(overrides))
+    OmegaConf.resolve(cfg)
+    OmegaConf.set_readonly(cfg, True)
+    return cfg
 
 
 def fake_pair(seed, size=(48, 64), num_classes=3):
@@ -84,4 +101,99 @@ def make_cityscapes(root, train=3, val=2):
             save(root / "leftImg8bit" / split / city / f"{name}_leftImg8bit.png", image)
             save(root / "gtFine" / split / city / f"{name}_gtFine_labelIds.png", ids[mask])
             save(root / "gtFine" / split / city / f"{name}_gtFine_instanceIds.png", ids[mask].astype(np.uint16) * 1000)
+    return root
+
+
+def make_camvid(root, train=4, val=2):
+    """images/ and annotations/ with 11 classes and 11 = void, as SegNet's CamVid."""
+    for split, num, seed in (("training", train, 0), ("validation", val, 100)):
+        make_pairs(
+            root / "images" / split, root / "annotations" / split, num, seed, image_suffix=".jpg", num_classes=12
+        )
+    return root
+
+
+def make_nuclei(root, train=4, val=2):
+    """images/ and annotations/ with background and nucleus."""
+    for split, num, seed in (("training", train, 0), ("validation", val, 100)):
+        make_pairs(root / "images" / split, root / "annotations" / split, num, seed, num_classes=2)
+    return root
+
+
+def fake_depth(seed, size=(48, 64), near=1.0, far=6.0):
+    """An image that is darker the farther its pixels are, and the metres, float32; a hole of zeros at the top left."""
+    rng = np.random.default_rng(seed)
+    rows, columns = np.meshgrid(np.linspace(0, 1, size[0]), np.linspace(0, 1, size[1]), indexing="ij")
+    depth_m = near + (far - near) * (0.6 * (1 - rows) + 0.4 * np.abs(columns - rng.uniform()))
+    shade = 240 - 200 * (depth_m - near) / (far - near)
+    image = shade[..., None] * np.array([1.0, 0.9, 0.8]) + rng.normal(0, 4, (*size, 3))
+    depth_m[: size[0] // 8, : size[1] // 8] = 0
+    return image.clip(0, 255).astype(np.uint8), depth_m.astype(np.float32)
+
+
+def save_depth(path, depth_m, scale=1000):
+    """16-bit PNG with `scale` units per metre."""
+    return save(path, np.round(depth_m * scale).astype(np.uint16))
+
+
+def make_depth_folders(root, train=4, val=2, size=(48, 64), far=6.0):
+    """images/ and depth/ with training/ and validation/, millimetres; as nyu_scenes and rgbd_scenes."""
+    for split, num, seed in (("training", train, 0), ("validation", val, 100)):
+        for i in range(seed, seed + num):
+            image, depth_m = fake_depth(i, size, far=far)
+            save(root / "images" / split / f"pic{i:03d}.jpg", image)
+            save_depth(root / "depth" / split / f"pic{i:03d}.png", depth_m)
+    return root
+
+
+def make_nyu_depth(root, train=3, val=2):
+    """NYU Depth v2's lists, sync/ and official_splits/test/: 480 x 640, millimetres; the lists are not sorted."""
+    for name, below, slash, num, seed in (
+        ("train", "sync", "/", train, 0),
+        ("test", "official_splits/test", "", val, 100),
+    ):
+        lines = []
+        for i in reversed(range(num)):
+            image, depth_m = fake_depth(seed + i, (480, 640))
+            scene = ("bedroom", "kitchen")[i % 2]
+            names = f"{scene}/rgb_{i:05d}.jpg", f"{scene}/sync_depth_{i:05d}.png"
+            save(root / below / names[0], image)
+            save_depth(root / below / names[1], depth_m)
+            lines.append(f"{slash}{names[0]} {slash}{names[1]} 518.8579")
+        (root / f"nyudepthv2_{name}_files_with_gt.txt").write_text("\n".join(lines) + "\n")
+    return root
+
+
+def make_kitti(root, train=3, val=2):
+    """KITTI's Eigen lists, input/ and gt_depth/: sparse depth times 256, one test line without depth."""
+    for name, num, seed in (("train", train, 0), ("test", val, 100)):
+        lines = []
+        for i in reversed(range(num)):
+            size = ((375, 1242), (370, 1226))[i % 2]
+            image, depth_m = fake_depth(seed + i, size, near=4, far=70)
+            depth_m[np.random.default_rng(seed + i).uniform(size=size) < 0.8] = 0
+            drive = f"2011_09_26_drive_{seed + i:04d}_sync"
+            rgb = f"2011_09_26/{drive}/image_02/data/{i:010d}.png"
+            depth = f"{drive}/proj_depth/groundtruth/image_02/{i:010d}.png"
+            save(root / "input" / rgb, image, compress_level=1)
+            save_depth(root / "gt_depth" / depth, depth_m, 256)
+            lines.append(f"{rgb} {depth} 721.5377")
+        if name == "test":
+            lines.append("2011_09_26/gone_sync/image_02/data/0000000000.png None 721.5377")
+        (root / f"kitti_eigen_{name}.txt").write_text("\n".join(lines) + "\n")
+    return root
+
+
+def make_sun_rgbd(root, num=2):
+    """SUN RGB-D's list and two sensors of other sizes; depth with its bits rotated by three to the left."""
+    lines = []
+    for i in range(num):
+        sensor, size = (("kv1", (427, 561)), ("kv2", (530, 730)))[i % 2]
+        image, depth_m = fake_depth(i, size, far=9.5)
+        stored = np.round(depth_m * 1000).astype(np.uint16)
+        names = f"SUNRGBD/{sensor}/a{i}/image/{i:04d}.jpg", f"SUNRGBD/{sensor}/a{i}/depth/{i:04d}.png"
+        save(root / names[0], image)
+        save(root / names[1], (stored << 3) | (stored >> 13))
+        lines.append(" ".join(names))
+    (root / "SUNRGBD_val_splits.txt").write_text("\n".join(lines) + "\n")
     return root

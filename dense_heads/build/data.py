@@ -15,6 +15,7 @@ from dense_heads.data.datasets.base import Split
 from dense_heads.data.labels import LabelRule
 from dense_heads.errors import UserError
 from dense_heads.models.card import read_card
+from dense_heads.ops.files import write_atomically
 
 SPLIT_FILE = "split.json"  # in the run folder: the split that was drawn because the data had none
 
@@ -46,12 +47,21 @@ def read_samples(cfg: DictConfig) -> tuple[Any, dict[str, Sequence[Any]]]:
     arguments: dict[str, Any] = {"root": cfg.data.root, "hint": cfg.task.data.how_to_get}
     run = own_run(cfg)
     if run is not None and Path(run, SPLIT_FILE).is_file():  # what the run drew for itself is drawn no second time
-        arguments["split"] = json.loads(Path(run, SPLIT_FILE).read_text(encoding="utf-8"))
+        kept = json.loads(Path(run, SPLIT_FILE).read_text(encoding="utf-8"))
+        if kept["root"] == str(Path(cfg.data.root).resolve()):
+            arguments["split"] = kept["split"]
     reader = instantiate(cfg.task.data.format, _partial_=True)(**arguments)
     needed = {"train", "val"} if cfg.mode == "fit" else {"val"}
     splits: tuple[Split, ...] = ("train", "val", "test")
     there = needed | set(reader.available())
     return reader, {split: reader.samples(split) if split in there else [] for split in splits}
+
+
+def keep_split(folder: Path, cfg: DictConfig, loaded: Loaded) -> None:
+    """Keep the split that was drawn for data that had none, with the place of the data."""
+    if loaded.made_split is not None:
+        content = {"root": str(Path(cfg.data.root).resolve()), "split": loaded.made_split}
+        write_atomically(folder / SPLIT_FILE, json.dumps(content, indent=1))
 
 
 def own_run(cfg: DictConfig) -> str | None:

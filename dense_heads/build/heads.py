@@ -79,8 +79,10 @@ def option_of_grid(cfg: DictConfig, settings: Mapping[str, Any]) -> DictConfig:
 
 def make_head(cfg: DictConfig, head_cfg: DictConfig, option: str, frozen: FrozenBackbone, num_outputs: int) -> Head:
     """The head that an option of group `head` describes, with its weights where `head.weights` names some."""
-    settings = OmegaConf.masked_copy(head_cfg, [str(key) for key in head_cfg if key != "weights"])
-    partial: functools.partial[Head] = instantiate(settings)
+    # Resolved as a whole: a copy of some keys would lose its parent, and with it what interpolations point to.
+    partial: functools.partial[Head] = instantiate(
+        {**head_arguments(head_cfg), "_target_": head_cfg._target_, "_partial_": True}
+    )
     blocks = resolve_blocks(frozen.backbone.name, partial.keywords.get("blocks", "last"))
     head = partial([frozen.backbone.embed_dim] * len(blocks), num_outputs)
     weights = head_cfg.get("weights")

@@ -79,7 +79,7 @@ def _resolve_length(cfg: DictConfig, num_images: int) -> None:
         log.info("trainer.max_steps=%d: about 50 epochs, at most 10,000 steps", cfg.trainer.max_steps)
     if cfg.trainer.max_steps < 1:
         raise UserError(f"trainer.max_steps={cfg.trainer.max_steps}; expected at least 1.")
-    if cfg.mode == "fit" and 0 < cfg.trainer.max_steps <= cfg.task.protocol.warmup_steps:
+    if cfg.trainer.max_steps <= cfg.task.protocol.warmup_steps:
         cfg.task.protocol.warmup_steps = cfg.trainer.max_steps // 25  # a shortened run keeps the shape of its schedule
         log.info("task.protocol.warmup_steps=%d: the warmup must end within the run", cfg.task.protocol.warmup_steps)
     interval = cfg.trainer.val_check_interval or math.ceil(cfg.trainer.max_steps / 10)

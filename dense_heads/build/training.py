@@ -7,12 +7,14 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from hydra.utils import instantiate
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy
 from omegaconf import DictConfig, OmegaConf
 
 from dense_heads.build.config import plain
 from dense_heads.build.parts import Parts, family_of
+from dense_heads.errors import UserError
 from dense_heads.training.checkpoints import AtomicCheckpointIO
 from dense_heads.training.loggers import MetricsCsv
 
@@ -34,20 +36,25 @@ def make_trainer(cfg: DictConfig, folder: Path | None, made: Parts, run_loggers:
     callbacks = _callbacks(cfg, folder, made) if folder is not None else []
     options = dict(plain(cfg.trainer))
     options.pop("_target_")
+    options["val_check_interval"] *= options["accumulate_grad_batches"]  # ours in steps, Lightning's in batches
     if options["strategy"] == "ddp" or (options["strategy"] == "auto" and _several_devices(options)):
         # Batch norm keeps its own statistics equal; DDP's broadcast of buffers would hang on uneven validation shares.
         options["strategy"] = DDPStrategy(broadcast_buffers=False)
     if options["strategy"] == "auto" and torch.cuda.device_count() <= 1 and options["devices"] == "auto":
         options["devices"] = 1
-    return pl.Trainer(
-        **options,
-        logger=run_loggers,
-        callbacks=callbacks,
-        plugins=[AtomicCheckpointIO()],
-        enable_checkpointing=folder is not None,
-        enable_progress_bar=folder is not None,
-        default_root_dir=str(folder) if folder else None,
-    )
+    try:
+        return pl.Trainer(
+            **options,
+            logger=run_loggers,
+            callbacks=callbacks,
+            plugins=[AtomicCheckpointIO()],
+            enable_checkpointing=folder is not None,
+            enable_progress_bar=folder is not None,
+            default_root_dir=str(folder) if folder else None,
+        )
+    except (MisconfigurationException, TypeError, ValueError) as error:
+        text = " ".join(str(error).split())
+        raise UserError(f"The trainer cannot be made: {text} Look at what was set under `trainer`.") from error
 
 
 def _several_devices(options: Mapping[str, Any]) -> bool:

@@ -76,6 +76,9 @@ class ConfusionMatrix(Metric):
         return self.matrix
 
 
+SCORES = ("miou", "macc", "aacc", "dice")
+
+
 def scores(matrix: Tensor) -> dict[str, float]:
     """`miou`, `macc`, `aacc` and mean `dice` of a confusion matrix, by `CONVENTIONS`; nan where there is no pixel.
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from dense_heads.backbones.weights import load_backbone
 from dense_heads.backbones.zoo import resolve_blocks
@@ -20,6 +20,7 @@ from dense_heads.models.card import Card, read_card, write_card
 from dense_heads.models.dense import DenseModel, FrozenBackbone
 from dense_heads.models.depther import Depther
 from dense_heads.models.segmentor import Segmentor
+from dense_heads.ops.files import write_atomically
 
 HEAD_FILE = "head.safetensors"
 MODELS: dict[str, type[DenseModel]] = {"segmentation": Segmentor, "depth": Depther}
@@ -33,7 +34,8 @@ def head_target(head: type) -> str:
 def save_artefact(folder: Path, head: Head, card: Card) -> None:
     """Write both files into `folder`."""
     tensors = {key: value.detach().contiguous().cpu() for key, value in head.state_dict().items()}
-    save_file(tensors, folder / HEAD_FILE, metadata={"format": "pt", "task": card.task, "head": card.head["name"]})
+    metadata = {"format": "pt", "task": card.task, "head": card.head["name"]}
+    write_atomically(folder / HEAD_FILE, save(tensors, metadata=metadata))
     write_card(folder, card)
 
 
@@ -105,11 +107,14 @@ def assemble(card: Card, backbone: FrozenBackbone, head: Head) -> DenseModel:
     """The model of the card's family.
 
     Raises:
-        UserError: a family that there is not.
+        UserError: a family that there is not, or preprocessing or inference with unknown arguments.
     """
     if card.family not in MODELS:
         raise UserError(f"The card's family {card.family!r} is not one of {', '.join(MODELS)}.")
-    return MODELS[card.family](backbone, head, card).eval()
+    try:
+        return MODELS[card.family](backbone, head, card).eval()
+    except TypeError as error:
+        raise UserError(f"The card's preprocessing or inference does not fit this version: {error}.") from error
 
 
 def load_model(path: str | Path, device: str = "cpu") -> DenseModel:
@@ -123,5 +128,9 @@ def load_model(path: str | Path, device: str = "cpu") -> DenseModel:
     folder = folder if folder.is_dir() else folder.parent
     card = read_card(folder)
     arguments = {key: value for key, value in card.backbone.items() if key != "fingerprint"}
-    backbone = FrozenBackbone(load_backbone(**arguments), card.preprocessing["patch_fit"])
+    try:
+        loaded = load_backbone(**arguments)
+    except TypeError as error:
+        raise UserError(f"{folder}: the backbone's arguments do not fit this version: {error}.") from error
+    backbone = FrozenBackbone(loaded, card.preprocessing["patch_fit"])
     return assemble(card, backbone, trained_head(folder, backbone)).to(device)

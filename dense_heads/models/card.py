@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dense_heads.errors import UserError
+from dense_heads.ops.files import write_atomically
 
 CARD_FILE = "card.json"
 
@@ -29,9 +30,17 @@ class Card:
     version: int = 1
 
 
+_NEEDED = {
+    "backbone": ("name", "weights", "fingerprint"),
+    "head": ("name", "target", "arguments"),
+    "preprocessing": ("patch_fit",),
+    "inference": (),
+}
+
+
 def write_card(folder: Path, card: Card) -> None:
     """Write `card.json` into `folder`."""
-    (folder / CARD_FILE).write_text(json.dumps(asdict(card), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_atomically(folder / CARD_FILE, json.dumps(asdict(card), indent=2, ensure_ascii=False) + "\n")
 
 
 def read_card(folder: Path) -> Card:
@@ -47,6 +56,14 @@ def read_card(folder: Path) -> Card:
             "one that was stopped goes on with resume=RUN."
         )
     try:
-        return Card(**json.loads(path.read_text(encoding="utf-8")))
+        card = Card(**json.loads(path.read_text(encoding="utf-8")))
+        for part, keys in _NEEDED.items():
+            content = getattr(card, part)
+            missing = [key for key in keys if key not in content] if isinstance(content, dict) else list(keys)
+            if missing:
+                raise ValueError(f"{part} lacks {', '.join(missing)}")
+        if card.version != Card.version:
+            raise ValueError(f"it is of version {card.version}, this is {Card.version}")
     except (ValueError, TypeError) as error:
         raise UserError(f"{path} is not a card that this version reads: {error}.") from error
+    return card

@@ -1,0 +1,8 @@
+"""The verbs of the command: one file for each."""
+
+MODES = {
+    "fit": "train a head, measure it, write the run folder (default)",
+    "evaluate": "measure a trained head: model=RUN, on its own or another task=",
+    "predict": "model=RUN input=FILE_OR_FOLDER output=FOLDER: label maps and overlays",
+}
+PLANNED_MODES = ("export", "embed", "sweep", "doctor")

@@ -13,9 +13,10 @@ from dense_heads.build.parts import make_parts
 from dense_heads.build.training import make_trainer
 from dense_heads.errors import UserError
 from dense_heads.models.artefact import trained_head
+from dense_heads.models.card import read_card
 from dense_heads.modes.fit import measure
 from dense_heads.modes.folder import evaluation_folder, run_folder
-from dense_heads.modes.outcome import Measured, write_outcome
+from dense_heads.modes.outcome import Measured, trained_steps, write_outcome
 from dense_heads.report.html import write_report
 from dense_heads.report.tables import print_tables
 
@@ -30,8 +31,9 @@ def main(cfg: DictConfig) -> float:
             "mode=evaluate needs a trained head: model=RUN (the folder of a finished run), or a head with "
             "head.weights=official or a path."
         )
-    heads = None
+    heads, choices, steps = None, dict(HydraConfig.get().runtime.choices), 0
     if cfg.model is not None:
+        choices["head"], steps = read_card(Path(cfg.model)).head["name"], trained_steps(Path(cfg.model))
         heads = [trained_head(Path(cfg.model), backbone(cfg), cfg.task.num_classes)]
     parts = make_parts(cfg, heads=heads)
     folder = run_folder(cfg) if cfg.model is None else evaluation_folder(cfg)
@@ -39,8 +41,7 @@ def main(cfg: DictConfig) -> float:
     stage = measure(trainer, parts)
     if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
         seconds = {"total": time.monotonic() - started}
-        choices = HydraConfig.get().runtime.choices
-        finals = write_outcome(folder, Measured(cfg, parts, stage, 0, seconds, choices))
+        finals = write_outcome(folder, Measured(cfg, parts, stage, steps, seconds, choices))
         write_report(folder)
         print_tables(finals)
         log.info("report %s", folder / "report.html")

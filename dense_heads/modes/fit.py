@@ -1,29 +1,27 @@
 """`mode=fit`: train a head, measure it, write the run folder."""
 
-import json
+import dataclasses
 import logging
-import math
 import os
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
 from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
 from dense_heads.build.config import recomposed
-from dense_heads.build.data import SPLIT_FILE
+from dense_heads.build.data import keep_split
 from dense_heads.build.model import run_card
 from dense_heads.build.parts import Parts, make_parts
 from dense_heads.build.training import make_loggers, make_trainer
+from dense_heads.errors import UserError
 from dense_heads.models.artefact import save_artefact
 from dense_heads.modes.folder import run_folder
 from dense_heads.modes.outcome import Measured, write_outcome
 from dense_heads.report.html import write_report
 from dense_heads.report.tables import print_tables
-from dense_heads.training.base import DenseModule
 from dense_heads.training.checkpoints import load_best, newest_checkpoint
 from dense_heads.training.loggers import MetricsCsv, finish_loggers
 
@@ -35,11 +33,13 @@ TITLES = {"pixels": "raw pixels"}  # of baselines, in reports
 def main(cfg: DictConfig) -> float:
     """Train, select, measure, write; returns the primary metric."""
     started = time.monotonic()
+    if cfg.resume is None and int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0:
+        cfg.resume = "auto"  # the cluster started this job again
     parts = make_parts(cfg)  # every mistake that shows cheaply shows here, before a folder is made
     folder = run_folder(cfg)
     log.info("run folder %s", folder)
-    if parts.loaded.made_split is not None and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
-        (folder / SPLIT_FILE).write_text(json.dumps(parts.loaded.made_split, indent=1), encoding="utf-8")
+    if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+        keep_split(folder, cfg, parts.loaded)
     loggers = make_loggers(cfg, folder)
     trainer = make_trainer(cfg, folder, parts, loggers)
     checkpoint = _checkpoint_to_resume(cfg, folder, loggers[0])
@@ -49,18 +49,19 @@ def main(cfg: DictConfig) -> float:
     if cfg.task.protocol.select == "best":
         trainer.strategy.barrier()
         load_best(parts.module, folder / "checkpoints")
-        parts.module.results.pop("val", None)
+        trainer.validate(parts.module, parts.data, verbose=False)  # ranks the candidates by what they are now
     stage = measure(trainer, parts)
-    baseline = _baseline(cfg)
-    seconds["total"] = time.monotonic() - started
     score = parts.module.results[stage].scores[parts.module.leader()][parts.module.primary]
-    if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+    first = rank_zero_only.rank == 0  # type: ignore[attr-defined]
+    measured = Measured(cfg, parts, stage, trainer.global_step, seconds, HydraConfig.get().runtime.choices)
+    if first:
         leader = parts.module.candidates[parts.module.leader()]
         save_artefact(folder, leader.head, run_card(cfg, parts, leader))
-        measured = Measured(
-            cfg, parts, stage, trainer.global_step, seconds, HydraConfig.get().runtime.choices, baseline
-        )
-        finals = write_outcome(folder, measured)
+        write_outcome(folder, measured)
+    baseline = _baseline(cfg, parts.notes)  # after all is saved: its failure costs nothing
+    seconds["total"] = time.monotonic() - started
+    if first:
+        finals = write_outcome(folder, dataclasses.replace(measured, baseline=baseline))
         write_report(folder)
         finish_loggers(loggers, finals["metrics"])
         print_tables(finals)
@@ -83,13 +84,10 @@ def measure(trainer: Any, parts: Parts) -> str:
 
 
 def _checkpoint_to_resume(cfg: DictConfig, folder: Path, metrics_csv: Any) -> Path | None:
-    resume = cfg.resume
-    if resume is None and int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0:
-        resume = "auto"  # the cluster started this job again
-    if resume is None:
+    if cfg.resume is None:
         return None
     checkpoints = folder / "checkpoints"
-    if resume == "auto" and not any(checkpoints.glob("step=*.ckpt")):
+    if cfg.resume == "auto" and not any(checkpoints.glob("step=*.ckpt")):
         return None
     path = newest_checkpoint(checkpoints)
     step = int(path.stem.partition("=")[2])
@@ -99,21 +97,23 @@ def _checkpoint_to_resume(cfg: DictConfig, folder: Path, metrics_csv: Any) -> Pa
     return path
 
 
-def _baseline(cfg: DictConfig) -> dict[str, Any] | None:
+def _baseline(cfg: DictConfig, notes: list[str]) -> dict[str, Any] | None:
     """The same head and protocol on another backbone (raw pixels), so that a score can be read."""
     name = cfg.task.baseline
     if name is None or name == cfg.backbone.name:
         return None
     log.info("for comparison: the same head on backbone=%s", name)
-    other = recomposed("backbone", name)
-    other.resume, other.trainer.max_steps = None, cfg.trainer.max_steps
-    parts = make_parts(other, check=False)
-    trainer = make_trainer(other, None, parts, [])
-    trainer.fit(parts.module, parts.data)
-    stage = measure(trainer, parts)
-    module: DenseModule = parts.module
-    scores = module.results[stage].scores[module.leader()]
-    assert not math.isnan(scores[module.primary])
-    del trainer
-    torch.cuda.empty_cache()
-    return {"name": TITLES.get(name, name), "metrics": {f"{stage}/{k}": v for k, v in scores.items()}}
+    try:
+        other = recomposed("backbone", name)
+        other.resume, other.trainer.max_steps = None, cfg.trainer.max_steps
+        if "weights" in other.head:
+            other.head.weights = None
+        parts = make_parts(other, check=False)
+        trainer = make_trainer(other, None, parts, [])
+        trainer.fit(parts.module, parts.data)
+        stage = measure(trainer, parts)
+    except UserError as error:
+        notes.append(f"The baseline {name} could not be measured: {error}")
+        return None
+    scores = parts.module.results[stage].scores[parts.module.leader()]
+    return {"name": TITLES.get(name, name), "metrics": {f"{stage}/{key}": value for key, value in scores.items()}}

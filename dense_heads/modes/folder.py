@@ -10,7 +10,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
 from dense_heads.errors import UserError
-from dense_heads.recompose import keep_overrides, read_overrides
+from dense_heads.ops.files import write_atomically
+from dense_heads.recompose import OVERRIDES_FILE, keep_overrides, read_overrides
 
 _TOLD = "DENSE_HEADS_RUN_FOLDER"  # environment variable: rank 0's folder, for the ranks that it starts
 # A resumed run may differ from itself in these only; anything else would be another run.
@@ -66,7 +67,7 @@ def _is_first_process() -> bool:
 
 def _tell(folder: Path, cfg: DictConfig) -> Path:
     os.environ[_TOLD] = str(folder)
-    (folder / "config.yaml").write_text(OmegaConf.to_yaml(cfg, resolve=True), encoding="utf-8")
+    write_atomically(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
     return folder
 
 
@@ -86,11 +87,25 @@ def _chosen_folder(cfg: DictConfig) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     if cfg.resume != "auto" and (folder / "metrics.csv").exists():
         raise UserError(f"{folder} holds a run already. Go on with resume={folder}, or choose another run_dir.")
+    if (folder / OVERRIDES_FILE).is_file():
+        _refuse_changes(folder)
     return folder.resolve()
 
 
 def _job_id() -> str | None:
-    return os.environ.get("SLURM_JOB_ID") or os.environ.get("TORCHELASTIC_RUN_ID")
+    """What all ranks of a job, and its restart, know of it; None outside a cluster's job.
+
+    Raises:
+        UserError: torchrun on several nodes without an id.
+    """
+    if job := os.environ.get("SLURM_JOB_ID"):
+        return f"{job}.{os.environ.get('SLURM_STEP_ID', '0')}"  # several commands of one allocation are several runs
+    job = os.environ.get("TORCHELASTIC_RUN_ID")
+    if job != "none":
+        return job
+    if int(os.environ.get("GROUP_WORLD_SIZE", "1")) > 1:
+        raise UserError("torchrun on several nodes gives no name to the run: say run_dir=PATH, or --rdzv-id.")
+    return f"{time_stamp()[:10]}-{os.getppid()}"  # ranks on one node are children of one torchrun
 
 
 def _named_folder(cfg: DictConfig) -> Path:

@@ -17,8 +17,9 @@ from omegaconf import DictConfig
 from dense_heads.build.config import plain
 from dense_heads.build.parts import Parts
 from dense_heads.modes.published import published_row
+from dense_heads.ops.files import write_atomically
 from dense_heads.paths import CONF_DIR
-from dense_heads.training.checkpoints import write_atomically
+from dense_heads.report.tables import read_summary
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,11 @@ def write_outcome(folder: Path, measured: Measured) -> dict[str, Any]:
             writer.writeheader()
             writer.writerows(rows)
     return found
+
+
+def trained_steps(run: Path) -> int:
+    """How long a finished run was trained."""
+    return int(read_summary(run / "metrics.json").get("steps", 0))
 
 
 def _outcome(measured: Measured) -> dict[str, Any]:
@@ -83,7 +89,7 @@ def _outcome(measured: Measured) -> dict[str, Any]:
         "protocol": {
             "split": "test" if stage == "test" else "validation (the task has no labelled test split)",
             "images": {split: num for split, num in parts.loaded.num_images.items() if split in ("train", stage)},
-            "steps": cfg.trainer.max_steps,
+            "steps": measured.step,
             "batch_size": plain(cfg.data)["batch_size"],
             "image_size": plain(cfg.data)["image_size"],
             "inference": plain(cfg.task.inference),

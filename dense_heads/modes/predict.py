@@ -25,17 +25,19 @@ def main(cfg: DictConfig) -> None:
     if cfg.input is None or cfg.output is None:
         raise UserError("mode=predict needs model=RUN, input=FILE_OR_FOLDER and output=FOLDER.")
     images = _images(Path(cfg.input))
-    model = make_model(cfg).to("cuda" if torch.cuda.is_available() else "cpu")
     output = Path(cfg.output)
+    output.mkdir(parents=True, exist_ok=True)  # if it cannot be, say so before the work
+    model = make_model(cfg).to("cuda" if torch.cuda.is_available() else "cpu")
     writer = family_of(cfg).writer(cfg, output, model.card)
     failed = []
     for source, name in track(_names(images, Path(cfg.input)), description="predict", transient=True):
         try:
             pixels = read_image(source)
+            prediction = model.predict(pixels)
         except UserError as error:
-            failed.append(str(error))
+            failed.append(str(error) if str(source) in str(error) else f"{source}: {error}")
             continue
-        writer.write(name, pixels, model.predict(pixels))
+        writer.write(name, pixels, prediction)
     log.info("%d of %d images predicted into %s", len(images) - len(failed), len(images), output)
     if failed:
         log.warning("%d could not be read:\n%s", len(failed), "\n".join(failed))

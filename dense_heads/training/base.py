@@ -5,6 +5,7 @@ One head is a grid of one; nothing is special-cased. Losses are summed: the cand
 gradients cannot mix. Each has its own parameter group, schedule, clipping and random numbers: none disturbs another.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,11 +13,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from dense_heads.errors import UserError
+from dense_heads.errors import UserError, unknown_name
 from dense_heads.heads.base import Head
 from dense_heads.models.dense import FrozenBackbone
 from dense_heads.ops.seeding import forked_rng, stable_seed
@@ -51,8 +53,10 @@ class DenseModule(pl.LightningModule):
     """Base of the task families: candidates, optimisation, validation and test through one shared step.
 
     A family says how a head's output becomes a loss (`loss`), how a batch is predicted (`predict`) and what is counted
-    (`reset_metrics`, `count`, `measure`).
+    (`reset_metrics`, `count`, `measure`, and in `metric_names` what `measure` gives).
     """
+
+    metric_names: tuple[str, ...] = ()
 
     def __init__(
         self,
@@ -65,6 +69,8 @@ class DenseModule(pl.LightningModule):
     ) -> None:
         """`primary` is the metric (`miou`) that ranks candidates and checkpoints, `direction` max or min."""
         super().__init__()
+        if primary not in self.metric_names:
+            raise unknown_name("task.metrics.primary:", primary, self.metric_names)
         self.backbone = backbone
         self.candidates = list(candidates)
         self.heads = nn.ModuleList(candidate.head for candidate in candidates)
@@ -162,8 +168,17 @@ class DenseModule(pl.LightningModule):
             {"params": list(c.head.parameters()), "lr": c.lr, "weight_decay": c.weight_decay} for c in self.candidates
         ]
         optimizer = self.make_optimizer(groups)
-        scheduler = LambdaLR(optimizer, [candidate.schedule for candidate in self.candidates])
+        # Functions, not the schedules: LambdaLR would put an object's attributes into the checkpoint and, on resume,
+        # the old length of the run back into the new schedule.
+        scheduler = LambdaLR(optimizer, [functools.partial(Schedule.__call__, c.schedule) for c in self.candidates])
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        """A run that is resumed with another length starts at that length's learning rate, not at the old one's."""
+        optimizer = self.optimizers()
+        assert isinstance(optimizer, LightningOptimizer)
+        for group, candidate in zip(optimizer.param_groups, self.candidates, strict=True):
+            group["lr"] = candidate.lr * candidate.schedule(self.global_step)
 
     # Validation and test: they differ in name only.
 

@@ -1,13 +1,10 @@
 """Checkpoints that a kill cannot spoil: written aside and renamed, tensors and plain values only."""
 
 import logging
-import os
 import signal
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -17,6 +14,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from safetensors.torch import load_file, save
 
 from dense_heads.errors import UserError
+from dense_heads.ops.files import replacing, write_atomically
 from dense_heads.training.base import DenseModule
 
 log = logging.getLogger("dense_heads")
@@ -24,33 +22,12 @@ log = logging.getLogger("dense_heads")
 BEST_FILE = "best.safetensors"
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Replace `path` by `content` as a whole: a temporary file in the same folder, fsync, rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _replacing(path) as file:
-        file.write(content)
-
-
-@contextmanager
-def _replacing(path: Path) -> Iterator[BinaryIO]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}-{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 class AtomicCheckpointIO(TorchCheckpointIO):
     """Lightning's checkpoints, written atomically and read with `weights_only=True`."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         """Write beside the target, then rename."""
-        with _replacing(Path(path)) as file:
+        with replacing(Path(path)) as file:
             torch.save(checkpoint, file)
 
     def load_checkpoint(
@@ -118,9 +95,12 @@ class Checkpoints(Checkpoint):
         if not taken and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGUSR1, lambda *_: setattr(self, "asked", True))
 
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        """At the step interval, or when asked for."""
-        if trainer.global_step % self.every == 0 or self.asked:
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """At the step interval, or when asked for; never between the batches of one step."""
+        between = (batch_idx + 1) % trainer.accumulate_grad_batches != 0
+        if not between and (trainer.global_step % self.every == 0 or self.asked):
             self.asked = False
             self.save(trainer)
 

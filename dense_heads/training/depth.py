@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dense_heads.metrics.depth import DepthMetrics, scores
+from dense_heads.metrics.depth import SCORES, DepthMetrics, scores
 from dense_heads.models.depther import depth_maps
 from dense_heads.models.inference import Inference
 from dense_heads.structures import Batch, Features
@@ -14,6 +14,8 @@ from dense_heads.training.base import Candidate, DenseModule
 
 class DepthModule(DenseModule):
     """Trains and measures depth heads on a frozen backbone."""
+
+    metric_names = SCORES
 
     def __init__(self, *args: Any, inference: Inference, evaluation: Mapping[str, Any], **kwargs: Any) -> None:
         """`inference`: windows and flips of validation and test; `evaluation`: arguments of DepthMetrics."""

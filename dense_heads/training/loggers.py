@@ -12,7 +12,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from dense_heads.training.checkpoints import write_atomically
+from dense_heads.ops.files import write_atomically
 
 log = logging.getLogger("dense_heads")
 
@@ -61,6 +61,7 @@ class MetricsCsv(Logger):
             with self.path.open("a", newline="", encoding="utf-8") as file:
                 csv.DictWriter(file, self.written).writerow(self.rows[at])
 
+    @rank_zero_only
     def _write_all(self) -> None:
         columns = dict.fromkeys(name for at in sorted(self.rows) for name in self.rows[at])
         self.written = ["step", *(name for name in columns if name != "step")]

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dense_heads.metrics.segmentation import ConfusionMatrix, per_class, scores
+from dense_heads.metrics.segmentation import SCORES, ConfusionMatrix, per_class, scores
 from dense_heads.models.inference import Inference
 from dense_heads.models.segmentor import label_maps
 from dense_heads.structures import Batch, Features
@@ -14,6 +14,8 @@ from dense_heads.training.base import Candidate, DenseModule
 
 class SegmentationModule(DenseModule):
     """Trains and measures segmentation heads on a frozen backbone."""
+
+    metric_names = SCORES
 
     def __init__(
         self, *args: Any, num_classes: int, inference: Inference, class_names: Sequence[str], **kwargs: Any

@@ -1,10 +1,14 @@
 """Many heads on one stream of features: independent of one another, bit for bit."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from dense_heads.__main__ import main
+from dense_heads.errors import UserError
 from dense_heads.training.checkpoints import load_checkpoint
 
 GRID = ["head=grid", "head.heads=[linear,linear4]", "head.lr=[1e-2]"]
@@ -62,3 +66,40 @@ def test_a_grid_that_makes_no_sense_is_refused(tiny, tmp_path, capsys, extra):
     assert main([*tiny, *GRID, extra, f"run_dir={tmp_path / 'run'}"]) == 2
     err = capsys.readouterr().err
     assert "twice" in err or "Unknown head 'nosuch'" in err
+
+
+def test_the_best_checkpoint_and_the_best_candidate_are_measured_on_the_test_split(tiny, pairs, tmp_path):
+    """`select=best` puts each candidate's best step back; validation, not the test, says who leads."""
+    root = tmp_path / "data"
+    shutil.copytree(pairs, root)
+    for kind in ("images", "annotations"):
+        shutil.copytree(root / kind / "validation", root / kind / "test")
+        for path in (root / kind / "test").iterdir():
+            path.rename(path.with_stem(f"test-{path.stem}"))
+    run = tmp_path / "run"
+    chosen = [f"data.root={root}", "task.protocol.select=best", "head.lr=[1e-9,1e-2]", f"run_dir={run}"]
+    assert main([*tiny, *GRID, "head.heads=[linear]", *chosen]) == 0
+    found = json.loads((run / "metrics.json").read_text())
+    assert found["primary"] == "test/miou" and found["head"]["candidate"] == "head=linear lr=0.01"
+    assert torch.equal(
+        load_file(run / "head.safetensors")["conv_seg.weight"],
+        load_file(run / "checkpoints/best.safetensors")["1.conv_seg.weight"],
+    )
+
+
+def test_a_baseline_that_fails_costs_nothing(tiny, tmp_path, monkeypatch):
+    def fails(*_, **__):
+        raise UserError("no such thing")
+
+    monkeypatch.setattr("dense_heads.modes.fit.recomposed", fails)
+    run = tmp_path / "run"
+    assert main([*tiny, "task.baseline=pixels", f"run_dir={run}"]) == 0
+    found = json.loads((run / "metrics.json").read_text())
+    assert found["baseline"] is None and any("no such thing" in note for note in found["notes"])
+
+
+def test_a_baseline_stands_beside_the_score(tiny, tmp_path):
+    run = tmp_path / "run"
+    assert main([*tiny, "task.baseline=pixels", f"run_dir={run}"]) == 0
+    baseline = json.loads((run / "metrics.json").read_text())["baseline"]
+    assert baseline["name"] == "raw pixels" and 0 <= baseline["metrics"]["val/miou"] <= 1

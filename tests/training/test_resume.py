@@ -1,5 +1,6 @@
 """A killed run goes on and ends with the same bits as one that was never stopped."""
 
+import csv
 import signal
 import subprocess
 import sys
@@ -116,7 +117,11 @@ def test_a_checkpoint_holds_no_backbone_and_no_code(finished, tmp_path):
 
 def test_a_finished_run_is_trained_longer(finished, tiny):
     assert main([f"resume={finished}", "trainer.max_steps=8"]) == 0
-    assert (finished / "metrics.csv").read_text().splitlines()[-1].startswith("8,")
+    rows = list(csv.DictReader((finished / "metrics.csv").open()))
+    assert [int(row["step"]) for row in rows] == list(range(1, 9))
+    assert [float(row["lr"]) for row in rows[6:]] == pytest.approx([1e-2 * (1 - 6 / 8), 1e-2 * (1 - 7 / 8)])
+    before, after = (load_checkpoint(finished / "checkpoints" / f"step={n:08d}.ckpt")["state_dict"] for n in (6, 8))
+    assert not torch.equal(before["heads.0.conv_seg.weight"], after["heads.0.conv_seg.weight"])
 
 
 def test_a_resumed_run_cannot_become_another_one(finished, capsys):
@@ -160,3 +165,34 @@ def test_a_signal_from_the_cluster_writes_a_checkpoint(tiny, tmp_path, sent):
     assert load_checkpoint(newest_checkpoint(run / "checkpoints"))["global_step"] > 0
     if sent == signal.SIGTERM:
         assert f"go on with resume={run}" in output and "Traceback" not in output
+
+
+def test_accumulated_steps_are_counted_and_never_cut_in_two(tiny, tmp_path):
+    """Two batches of 4 a step: validations and checkpoints fall on whole steps, and a resumed run is the same run."""
+    accumulated = ["trainer.accumulate_grad_batches=2", "callbacks.checkpoints.every=2", "trainer.val_check_interval=3"]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    assert main([*tiny, *accumulated, f"run_dir={whole}"]) == 0
+    rows = list(csv.DictReader((whole / "metrics.csv").open()))
+    assert [int(row["step"]) for row in rows if row["val/miou"]] == [3, 6]
+    assert sorted(path.name for path in (whole / "checkpoints").glob("*.ckpt")) == [
+        "step=00000004.ckpt",
+        "step=00000006.ckpt",
+    ]
+    assert main([*tiny, *accumulated, f"run_dir={cut}"]) == 0
+    (cut / "checkpoints" / "step=00000006.ckpt").unlink()
+    assert main([f"resume={cut}"]) == 0
+    ours, theirs = load_file(cut / "head.safetensors"), load_file(whole / "head.safetensors")
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_a_job_that_the_cluster_starts_again_goes_on(tiny, tmp_path, monkeypatch):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    own = [*tiny, f"output_dir={tmp_path}"]
+    assert main([*own, "trainer.max_steps=3"]) == 0
+    (run,) = tmp_path.glob("segmentation/*/*")
+    assert run.name == "job-7.0"
+    assert main(own) == 2  # not by accident
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert main(own) == 0
+    assert [row["step"] for row in csv.DictReader((run / "metrics.csv").open())] == list("123456")
+    assert main([*own, "optim.lr=0.5"]) == 2  # another run is not the same run gone on

@@ -147,7 +147,10 @@ def _draw(folder: Path, splits: dict[str, int], size: Size) -> None:
     for split in splits:
         for kind in ("images", "masks", "depth", "instances"):
             (folder / kind / split).mkdir(parents=True)
-    for split, index in track(todo, description="scenes", console=Console(stderr=True), transient=True):
+    console = Console(stderr=True)
+    for split, index in track(
+        todo, description="scenes", console=console, transient=True, disable=not console.is_terminal
+    ):
         scene = render_scene(scene_seed(split, index), size)
         name = f"{index:06d}.png"
         _save(scene.image, folder / "images" / split / name)
