@@ -81,7 +81,11 @@ def test_every_key_is_an_argument_of_its_target(group, option):
         signature = inspect.signature(get_object(node["_target_"]))
         keywords = arguments(node)
         if address == "head":
-            keywords.pop("weights")  # taken out before: which weights to load is no matter of the constructor's
+            for key in (
+                "weights",
+                "range",
+            ):  # taken out before: which weights to load is no matter of the constructor's
+                keywords.pop(key, None)
         known = signature.parameters
         assert keywords.keys() <= known.keys(), f"{address}: {keywords.keys() - known.keys()}"
         assert bool(node.get("_partial_")) == (address in COMPLETED), address
@@ -96,7 +100,7 @@ def test_every_key_is_an_argument_of_its_target(group, option):
 @pytest.mark.parametrize("option", [o for o in options("head") if o != "grid"])
 def test_heads_are_made(option):
     node = with_option("head", option).head
-    make = instantiate(OmegaConf.masked_copy(node, [key for key in node if key != "weights"]))
+    make = instantiate(OmegaConf.masked_copy(node, [key for key in node if key not in ("weights", "range")]))
     in_channels = [192] * len(resolve_blocks("vitn14_reg", node.blocks))
     try:
         head = make(in_channels, 3)  # classes

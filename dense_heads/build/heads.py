@@ -2,6 +2,7 @@
 
 import functools
 import json
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,10 +15,15 @@ from dense_heads.backbones.zoo import resolve_blocks
 from dense_heads.build.config import plain, recomposed
 from dense_heads.errors import UserError, unknown_name
 from dense_heads.heads.base import Head
+from dense_heads.heads.depth_range import hub_range, range_notice
 from dense_heads.heads.official import load_head_weights, official_head_url
 from dense_heads.models.dense import FrozenBackbone
 from dense_heads.ops.seeding import forked_rng, stable_seed
 from dense_heads.training.base import Candidate
+
+log = logging.getLogger("dense_heads")
+
+_NOT_ARGUMENTS = ("_target_", "_partial_", "weights", "range")  # of a head's config: Hydra's keys and ours
 
 
 def backbone(cfg: DictConfig) -> FrozenBackbone:
@@ -79,6 +85,7 @@ def option_of_grid(cfg: DictConfig, settings: Mapping[str, Any]) -> DictConfig:
 
 def make_head(cfg: DictConfig, head_cfg: DictConfig, option: str, frozen: FrozenBackbone, num_outputs: int) -> Head:
     """The head that an option of group `head` describes, with its weights where `head.weights` names some."""
+    _set_range(cfg, head_cfg, option)
     # Resolved as a whole: a copy of some keys would lose its parent, and with it what interpolations point to.
     partial: functools.partial[Head] = instantiate(
         {**head_arguments(head_cfg), "_target_": head_cfg._target_, "_partial_": True}
@@ -96,6 +103,21 @@ def make_head(cfg: DictConfig, head_cfg: DictConfig, option: str, frozen: Frozen
     return head
 
 
+def _set_range(cfg: DictConfig, head_cfg: DictConfig, option: str) -> None:
+    """`head.range=hub`, and a word where a released head's published range is not the hub's."""
+    asked = head_cfg.get("range")
+    if asked is not None and asked != "hub":
+        raise unknown_name("head.range:", str(asked), ["hub"])
+    if "min_m" not in head_cfg or cfg.task.get("released") not in ("nyu", "kitti"):
+        if asked is not None:
+            raise UserError(f"head.range=hub: task={cfg.task.name} has no released depth heads. Set task.depth_range.")
+        return
+    if asked == "hub":
+        head_cfg.min_m, head_cfg.max_m = hub_range(cfg.task.released, option)
+    elif head_cfg.get("weights") is not None and (notice := range_notice(cfg.task.released, option)):
+        log.info(notice)
+
+
 def measured_only(cfg: DictConfig, head: Head) -> Candidate:
     """A trained head as a candidate that is measured only."""
     return Candidate("trained", head, instantiate(cfg.task.loss), 0.0, 0.0, instantiate(cfg.optim.schedule))
@@ -103,4 +125,4 @@ def measured_only(cfg: DictConfig, head: Head) -> Candidate:
 
 def head_arguments(head_cfg: DictConfig) -> dict[str, Any]:
     """The plain arguments of a head, without Hydra's keys and ours."""
-    return {key: value for key, value in plain(head_cfg).items() if key not in ("_target_", "_partial_", "weights")}
+    return {key: value for key, value in plain(head_cfg).items() if key not in _NOT_ARGUMENTS}

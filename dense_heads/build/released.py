@@ -13,7 +13,6 @@ from dense_heads.build.heads import head_arguments, make_head
 from dense_heads.build.model import make_card
 from dense_heads.build.parts import family_of
 from dense_heads.errors import UserError, unknown_name
-from dense_heads.heads.depth_range import hub_range
 from dense_heads.heads.official import num_outputs_in
 from dense_heads.models.artefact import assemble
 from dense_heads.models.dense import DenseModel, FrozenBackbone
@@ -58,10 +57,10 @@ def load_head(
         cfg = composed([f"experiment={experiment}", f"backbone={backbone_name}"])
     cfg.head.weights = str(weights)
     cfg.task.transforms.eval.scales, cfg.task.inference.flip = [1.0], False  # one view; several are for measuring
-    if range is not None:
-        cfg.head.min_m, cfg.head.max_m = hub_range(known, name) if isinstance(range, str) else range
-        if isinstance(range, str) and range != "hub":
-            raise unknown_name("range", range, ["hub"])
+    if isinstance(range, str):
+        cfg.head.range = range
+    elif range is not None:
+        cfg.head.min_m, cfg.head.max_m = range
     policy = str(OmegaConf.select(cfg, "backbone.patch_fit", default="pad"))
     frozen = FrozenBackbone(load_backbone(backbone_name) if isinstance(backbone, str) else backbone, policy)
     head = make_head(cfg, cfg.head, name, frozen, family_of(cfg).num_outputs(cfg))

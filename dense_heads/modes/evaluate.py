@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
 from dense_heads.build.heads import backbone
-from dense_heads.build.parts import make_parts
+from dense_heads.build.parts import family_of, make_parts
 from dense_heads.build.training import make_trainer
 from dense_heads.errors import UserError
 from dense_heads.models.artefact import trained_head
@@ -34,7 +34,7 @@ def main(cfg: DictConfig) -> float:
     heads, choices, steps = None, dict(HydraConfig.get().runtime.choices), 0
     if cfg.model is not None:
         choices["head"], steps = read_card(Path(cfg.model)).head["name"], trained_steps(Path(cfg.model))
-        heads = [trained_head(Path(cfg.model), backbone(cfg), cfg.task.num_classes)]
+        heads = [trained_head(Path(cfg.model), backbone(cfg), family_of(cfg).num_outputs(cfg))]
     parts = make_parts(cfg, heads=heads)
     folder = run_folder(cfg) if cfg.model is None else evaluation_folder(cfg)
     trainer = make_trainer(cfg, folder, parts, [])
