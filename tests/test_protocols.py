@@ -47,7 +47,7 @@ def crop_size(head):
 
 
 def make_head(cfg, backbone="vits14"):
-    partial = instantiate(OmegaConf.masked_copy(cfg.head, [key for key in cfg.head if key != "weights"]))
+    partial = instantiate(OmegaConf.masked_copy(cfg.head, [key for key in cfg.head if key not in ("weights", "range")]))
     return partial([WIDTHS[backbone]] * len(resolve_blocks(backbone, cfg.head.blocks)), cfg.task.num_classes)
 
 
@@ -194,7 +194,7 @@ def published_lr(step):
 
 def make_module(cfg):
     frozen = FrozenBackbone(load_backbone("vitn14_reg", None))
-    head = instantiate(OmegaConf.masked_copy(cfg.head, [key for key in cfg.head if key != "weights"]))(
+    head = instantiate(OmegaConf.masked_copy(cfg.head, [key for key in cfg.head if key not in ("weights", "range")]))(
         [192] * len(resolve_blocks("vitn14_reg", cfg.head.blocks)), cfg.task.num_classes
     )
     candidate = Candidate(

@@ -206,7 +206,7 @@ def test_values_that_make_no_sense_are_refused(arguments, message):
 )
 def test_the_option_serves_depth_and_segmentation(task, num_outputs, range_m):
     config = OmegaConf.create({"task": task, "head": OmegaConf.load(CONF / "dpt.yaml")})
-    assert config.head.pop("weights") is None  # build.py takes it out
+    assert config.head.pop("weights") is None and config.head.pop("range") is None  # build takes them out
     head = hydra.utils.instantiate(config.head)(in_channels=[16] * 4, num_outputs=num_outputs)
     assert isinstance(head, DPTHead)
     assert (head.blocks, head.norm, head.range_m) == ("even4", False, range_m)

@@ -133,7 +133,7 @@ def test_values_that_make_no_sense_are_refused(arguments, message):
 @pytest.mark.parametrize(("task", "max_m"), [({"depth_range": {"min_m": 0.001, "max_m": 80.0}}, 80.0), ({}, 10.0)])
 def test_options_make_the_official_heads_with_the_tasks_range(option, blocks, task, max_m):
     config = OmegaConf.create({"task": task, "head": OmegaConf.load(CONF / f"{option}.yaml")})
-    assert config.head.pop("weights") is None  # build.py takes it out
+    assert config.head.pop("weights") is None and config.head.pop("range") is None  # build takes them out
     head = hydra.utils.instantiate(config.head)(in_channels=[6], num_outputs=1)
     assert isinstance(head, LinearDepthHead)
     assert (head.blocks, head.norm, head.normalisation) == (blocks, False, "linear")
