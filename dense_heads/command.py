@@ -45,7 +45,16 @@ def asks_for_help(arguments: Sequence[str]) -> bool:
 
 
 def print_help() -> int:
-    """Tasks, backbones, heads and modes on one screen."""
+    """Tasks, backbones, heads and modes on one screen; a reader that has seen enough (`| head`) ends it quietly."""
+    try:
+        _print_help()
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains once more at its end
+    return 0
+
+
+def _print_help() -> None:
     families = {path.stem for path in (CONF_DIR / "task").glob("*.yaml")}
     rows = {group: options(group) for group in GROUPS}
     print(f"dense_heads {version('dense-heads')}: dense heads on a frozen DINOv2\n")
@@ -57,7 +66,9 @@ def print_help() -> int:
     width = max(len(name) for name in rows["task"]) + 2
     for name in rows.pop("task"):
         if name in families:
-            print(f"  {name:<{width}}(family) your own data: task={name} task.num_classes=K data.root=FOLDER")
+            print(
+                f"  {name:<{width}}(family) your own data: task={name} data.root=FOLDER{' task.num_classes=K' * (name == 'segmentation')}"
+            )
         else:
             print(f"  {name:<{width}}{OmegaConf.load(TASKS_DIR / name / 'task.yaml').title}")
     for group, names in rows.items():
@@ -71,7 +82,6 @@ def print_help() -> int:
         "The whole config of a run, without running it: --cfg job. Several runs: -m key=a,b."
         " Tracebacks: debug=traceback."
     )
-    return 0
 
 
 def hand_to_hydra(arguments: list[str], conf_dir: Path) -> None:
