@@ -280,3 +280,15 @@ def test_the_default_job_from_an_empty_folder(tmp_path):
     finals = read_json(run / "metrics.json")
     assert finals["baseline"]["name"] == "raw pixels" and finals["protocol"]["images"] == {"train": 48, "val": 16}
     assert "random" in (run / "report.html").read_text(encoding="utf-8")
+
+
+def test_windows_of_several_images_share_a_batch_and_change_nothing(fitted, tmp_path):
+    run, _ = fitted("camvid")
+    scores = []
+    for size in (1, 2):
+        windows = ["task.inference.window=42", "task.inference.stride=28", f"data.eval_batch_size={size}"]
+        before = set((run / "evaluate").iterdir()) if (run / "evaluate").is_dir() else set()
+        assert main(["mode=evaluate", f"model={run}", *windows]) == 0
+        (folder,) = set((run / "evaluate").iterdir()) - before
+        scores.append(json.loads((folder / "metrics.json").read_text())["metrics"])
+    assert scores[0] == pytest.approx(scores[1], abs=1e-3)

@@ -55,6 +55,7 @@ def make_parts(cfg: DictConfig, check: bool = True, heads: Sequence[Head] | None
         val=loaded.val,
         test=loaded.test,
         batch_size=cfg.data.batch_size,
+        eval_batch_size=cfg.data.eval_batch_size,
         num_workers=cfg.data.num_workers,
         seed=cfg.seed,
         collate_train=loaded.collate_train,
