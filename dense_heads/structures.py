@@ -4,9 +4,11 @@ Shapes: B batch, C channels, D embedding width, N patch tokens, R registers, H W
 L chosen blocks. Sizes are always (height, width); boxes are xyxy in pixels; depth is in metres.
 """
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypedDict
+from typing import Any, NamedTuple, Self, TypedDict
 
+import torch
 from torch import Tensor
 
 IGNORE_INDEX = 255  # the label of pixels that count nowhere: not in a loss, not in a metric
@@ -28,11 +30,23 @@ class Padding(NamedTuple):
 NO_PADDING = Padding()
 
 
+class Level(NamedTuple):
+    """The output of one block (0-based), final norm applied or not."""
+
+    block: int
+    norm: bool
+
+
 class FeatureRequest(NamedTuple):
     """What a head wants from the backbone: which blocks (0-based, ascending), final norm applied or not."""
 
     blocks: tuple[int, ...]
     norm: bool
+
+    @property
+    def levels(self) -> tuple[Level, ...]:
+        """The same as levels."""
+        return tuple(Level(block, self.norm) for block in self.blocks)
 
 
 @dataclass(frozen=True)
@@ -45,6 +59,77 @@ class Features:
     padding: Padding = NO_PADDING
 
 
+@dataclass(frozen=True)
+class Levels:
+    """All that one pass of the backbone gave: each level that some head asked for, once."""
+
+    patch_maps: Mapping[Level, Tensor]  # (B, D, h, w) each
+    cls_tokens: Mapping[Level, Tensor]  # (B, D) each
+    image_size: Size  # (H, W) before padding
+    padding: Padding = NO_PADDING
+
+    def features(self, request: FeatureRequest) -> Features:
+        """What one head asked for."""
+        return Features(
+            patch_maps=tuple(self.patch_maps[level] for level in request.levels),
+            cls_tokens=tuple(self.cls_tokens[level] for level in request.levels),
+            image_size=self.image_size,
+            padding=self.padding,
+        )
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Self:
+        """The same with every tensor changed."""
+        return type(self)(
+            {level: change(tensor) for level, tensor in self.patch_maps.items()},
+            {level: change(tensor) for level, tensor in self.cls_tokens.items()},
+            self.image_size,
+            self.padding,
+        )
+
+    def float(self) -> Self:
+        """In float32, which heads compute in."""
+        return self.map(Tensor.float)
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:
+        """On another device: Lightning moves a batch's parts by this name."""
+        return self.map(lambda tensor: tensor.to(*args, **kwargs))
+
+    def pin_memory(self) -> Self:
+        """In page-locked memory: loaders call this name."""
+        return self.map(Tensor.pin_memory)
+
+    @classmethod
+    def cat(cls, parts: Sequence["Levels"]) -> "Levels":
+        """Several batches of one image size as one."""
+        first = parts[0]
+        assert all((part.image_size, part.padding) == (first.image_size, first.padding) for part in parts)
+        return cls(
+            {level: torch.cat([part.patch_maps[level] for part in parts]) for level in first.patch_maps},
+            {level: torch.cat([part.cls_tokens[level] for part in parts]) for level in first.cls_tokens},
+            first.image_size,
+            first.padding,
+        )
+
+
+@dataclass(frozen=True)
+class SeenView:
+    """A test view that has been through the backbone: what the feature cache gives in place of its pixels."""
+
+    size: Size  # (H, W) of the view
+    windows: Sequence[Levels]  # one image each, in the order in which `models/inference.py` looks at them
+
+    def to(self, *args: Any, **kwargs: Any) -> "SeenView":
+        """On another device: Lightning moves a batch's parts by this name."""
+        return SeenView(self.size, [window.to(*args, **kwargs) for window in self.windows])
+
+    def pin_memory(self) -> "SeenView":
+        """In page-locked memory: loaders call this name."""
+        return SeenView(self.size, [window.pin_memory() for window in self.windows])
+
+
+View = Tensor | SeenView  # (C, H, W) normalised pixels, or their features
+
+
 class Batch(TypedDict, total=False):
     """One batch of any task; each task fills the keys that it has.
 
@@ -53,8 +138,8 @@ class Batch(TypedDict, total=False):
     """
 
     image: Tensor | list[Tensor]  # (B, C, H, W) float32, ImageNet-normalised
-    views: list[list[Tensor]]  # for each image its test scales, each (C, H, W)
-    features: Features  # in place of `image` where features come from the cache
+    views: list[list[View]]  # for each image its test scales, each (C, H, W); cached features stand here too
+    features: Levels  # in training, in place of `image` where features come from the cache
     mask: Tensor | list[Tensor]  # (B, H, W) int64, IGNORE_INDEX where nothing is known
     multilabel: Tensor  # (B, K, H, W)
     depth_m: Tensor | list[Tensor]  # (B, H, W) float32 metres, 0 = no measurement

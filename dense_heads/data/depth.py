@@ -75,7 +75,7 @@ class DepthDataset(Dataset[DepthItem]):
                     item["intrinsics"] = _intrinsics(sample.focal, size, window)
         except UserError as error:
             raise UserError(f"{sample.image}: {error}") from error
-        first = item["image"] if "image" in item else item["views"][0]
+        first = item["image"] if "image" in item else views[0]
         item["size"] = (first.shape[1], first.shape[2])
         if target is not None:
             item["depth_m"] = target

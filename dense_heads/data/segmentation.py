@@ -13,7 +13,7 @@ from dense_heads.data.labels import LabelRule
 from dense_heads.data.transforms import EvalTransform, TrainPipeline
 from dense_heads.errors import UserError
 from dense_heads.ops.seeding import stable_seed
-from dense_heads.structures import Batch, Size
+from dense_heads.structures import Batch, Size, View
 
 Key = tuple[int, int] | int
 
@@ -22,7 +22,7 @@ class SegmentationItem(TypedDict, total=False):
     """One sample; the keys mean what they mean in `Batch`, without its first dimension."""
 
     image: Tensor  # (3, H, W)
-    views: list[Tensor]  # with several test scales, in place of `image`
+    views: Sequence[View]  # with several test scales, in place of `image`
     mask: Tensor  # (H, W) int64; in evaluation at the label's own size
     image_id: str
     path: str
@@ -79,7 +79,7 @@ class SegmentationDataset(Dataset[SegmentationItem]):
                 target = None if mask is None else torch.from_numpy(mask)
         except UserError as error:
             raise UserError(f"{sample.image}: {error}") from error
-        first = item["image"] if "image" in item else item["views"][0]
+        first = item["image"] if "image" in item else views[0]
         item["size"] = (first.shape[1], first.shape[2])
         if target is not None:
             item["mask"] = target
@@ -109,7 +109,7 @@ def collate_eval(items: Sequence[SegmentationItem]) -> Batch:
     """Samples of any sizes -> `Batch` with lists: nothing is padded to another image's size."""
     batch = _common(items)
     if "views" in items[0]:
-        batch["views"] = [item["views"] for item in items]
+        batch["views"] = [list(item["views"]) for item in items]
     else:
         batch["image"] = [item["image"] for item in items]
     if "mask" in items[0]:

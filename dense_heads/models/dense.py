@@ -20,7 +20,7 @@ from dense_heads.models.card import Card
 from dense_heads.models.inference import Inference
 from dense_heads.ops.pad import fit_to_patch, unpad_map
 from dense_heads.ops.resize import resize
-from dense_heads.structures import FeatureRequest, Features, Size
+from dense_heads.structures import FeatureRequest, Features, Levels, Size, View
 
 
 class FrozenBackbone(nn.Module):
@@ -48,29 +48,19 @@ class FrozenBackbone(nn.Module):
         return FeatureRequest(resolve_blocks(self.backbone.name, head.blocks), head.norm)
 
     @torch.no_grad()
-    def forward(self, images: Tensor, requests: Sequence[FeatureRequest]) -> list[Features]:
-        """(B, C, H, W) of any size -> the features of each request, from one pass that ends at the deepest block."""
+    def forward(self, images: Tensor, requests: Sequence[FeatureRequest]) -> Levels:
+        """(B, C, H, W) of any size -> every level that a request names, from one pass that ends at the deepest."""
         fitted, padding = fit_to_patch(images, self.backbone.patch_size, self.patch_fit)
         rows, columns = (side // self.backbone.patch_size for side in fitted.shape[-2:])
-        blocks = sorted({block for request in requests for block in request.blocks})
-        outputs = self.backbone.block_outputs(fitted, blocks)
-        wanted = {(block, request.norm) for request in requests for block in request.blocks}
-        maps: dict[tuple[int, bool], tuple[Tensor, Tensor]] = {}
-        for block, normed in sorted(wanted):  # a level that several heads share is normed and laid out once
-            tokens = self.backbone.norm(outputs[block]) if normed else outputs[block]
+        wanted = sorted({level for request in requests for level in request.levels})
+        outputs = self.backbone.block_outputs(fitted, sorted({level.block for level in wanted}))
+        patch_maps, cls_tokens = {}, {}
+        for level in wanted:
+            tokens = self.backbone.norm(outputs[level.block]) if level.norm else outputs[level.block]
             patches = tokens[:, 1 + self.backbone.num_registers :]
-            patch_map = patches.transpose(1, 2).unflatten(2, (rows, columns)).contiguous()
-            maps[block, normed] = (patch_map, tokens[:, 0])
-        size = (int(images.shape[-2]), int(images.shape[-1]))
-        return [
-            Features(
-                patch_maps=tuple(maps[block, request.norm][0] for block in request.blocks),
-                cls_tokens=tuple(maps[block, request.norm][1] for block in request.blocks),
-                image_size=size,
-                padding=padding,
-            )
-            for request in requests
-        ]
+            patch_maps[level] = patches.transpose(1, 2).unflatten(2, (rows, columns)).contiguous()
+            cls_tokens[level] = tokens[:, 0]
+        return Levels(patch_maps, cls_tokens, (int(images.shape[-2]), int(images.shape[-1])), padding)
 
     def at_image_size(self, output: Tensor, features: Features) -> Tensor:
         """A head's map (B, K, h', w') at the size of the image that the features came from.
@@ -84,10 +74,12 @@ class FrozenBackbone(nn.Module):
             return unpad_map(output, padding, padded, features.image_size)
         return resize(output, features.image_size)
 
-    def predict_all(self, images: Tensor, heads: Sequence[Head]) -> list[Tensor]:
-        """One map (B, K, H, W) at the images' own size for each head, from one backbone pass."""
-        features = self(images, [self.request(head) for head in heads])
-        return [self.at_image_size(head(seen), seen) for head, seen in zip(heads, features, strict=True)]
+    def predict_all(self, seen: Tensor | Levels, heads: Sequence[Head]) -> list[Tensor]:
+        """One map (B, K, H, W) at the images' own size for each head, from one backbone pass or from its features."""
+        requests = [self.request(head) for head in heads]
+        levels = (seen if isinstance(seen, Levels) else self(seen, requests)).float()
+        each = [levels.features(request) for request in requests]
+        return [self.at_image_size(head(features), features) for head, features in zip(heads, each, strict=True)]
 
 
 def _leave_out_of_state_dict(module: nn.Module, state: Mapping[str, Any], prefix: str, _: Any) -> None:
@@ -119,7 +111,7 @@ class DenseModel(nn.Module):
         """(B, C, H, W) normalised -> the head's prediction (B, K, H, W) at the batch's own size."""
         return self.backbone.predict_all(images, [self.head])[0]
 
-    def decode(self, views: Sequence[Tensor], size: Size) -> Tensor:
+    def decode(self, views: Sequence[View], size: Size) -> Tensor:
         """The prediction (H, W) of one image at `size`, from its normalised test views, each (C, h, w)."""
         raise NotImplementedError
 

@@ -8,13 +8,13 @@ from dense_heads.data.depth_transforms import DepthEvalTransform
 from dense_heads.heads.base import Head
 from dense_heads.models.dense import DenseModel, FrozenBackbone
 from dense_heads.models.inference import Inference, infer
-from dense_heads.structures import Size
+from dense_heads.structures import Levels, Size, View
 
 
 def depth_maps(
     backbone: FrozenBackbone,
     heads: Sequence[Head],
-    views: Sequence[Sequence[Tensor]],
+    views: Sequence[Sequence[View]],
     sizes: Sequence[Size],
     how: Inference,
 ) -> list[list[Tensor]]:
@@ -23,8 +23,8 @@ def depth_maps(
     Flips are averaged as depths, windows before they are resized.
     """
 
-    def predict(images: Tensor) -> list[Tensor]:
-        return [depth.float() for depth in backbone.predict_all(images, heads)]
+    def predict(seen: Tensor | Levels) -> list[Tensor]:
+        return [depth.float() for depth in backbone.predict_all(seen, heads)]
 
     depths = infer(predict, views, sizes, how, activate=lambda depth: depth)
     return [[image[0] for image in images] for images in depths]
@@ -39,6 +39,6 @@ class Depther(DenseModel):
         """(B, C, H, W) normalised -> metres (B, H, W) at the batch's own size."""
         return super().forward(images)[:, 0]
 
-    def decode(self, views: Sequence[Tensor], size: Size) -> Tensor:
+    def decode(self, views: Sequence[View], size: Size) -> Tensor:
         """Metres of each pixel."""
         return depth_maps(self.backbone, [self.head], [views], [size], self.inference)[0][0]

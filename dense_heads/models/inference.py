@@ -1,6 +1,6 @@
 """Whole-image, sliding-window and test-time-augmented inference over images of any sizes."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -10,9 +10,9 @@ from torch import Tensor
 from dense_heads.errors import UserError
 from dense_heads.ops.resize import resize
 from dense_heads.ops.windows import Box, WindowAverage, window_boxes
-from dense_heads.structures import Size
+from dense_heads.structures import Levels, SeenView, Size, View
 
-Predict = Callable[[Tensor], list[Tensor]]
+Predict = Callable[[Tensor | Levels], list[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,14 @@ class Inference:
         stride = max(1, 2 * self.window // 3) if self.stride is None else self.stride
         return window_boxes(size, self.window, stride)
 
+    def windows(self, size: Size) -> list[tuple[Box, bool]]:
+        """(window, mirrored or not) of an image of (height, width) pixels, in the order in which it is looked at."""
+        return [(box, flip) for flip in ((False, True) if self.flip else (False,)) for box in self.boxes(size)]
+
 
 def infer(
     predict: Predict,
-    views: Sequence[Sequence[Tensor]],
+    views: Sequence[Sequence[View]],
     sizes: Sequence[Size],
     settings: Inference,
     activate: Callable[[Tensor], Tensor],
@@ -78,8 +82,10 @@ def infer(
     Only views that are being worked on hold a map at their own size; what stays is one (K, H, W) for each image.
 
     Args:
-        predict: normalised crops (b, C, h, w) of equal size -> for each candidate (b, K, h, w), at the crops' pixels.
-        views: for each image its test scales, each (C, h, w) normalised; one where there is no multi-scale testing.
+        predict: normalised crops (b, C, h, w) of equal size, or their features -> for each candidate (b, K, h, w), at
+            the crops' pixels.
+        views: for each image its test scales, each (C, h, w) normalised or already seen by the backbone; one where
+            there is no multi-scale testing.
         sizes: for each image the (height, width) of the result, usually the label's.
         settings: windows, flip, batch.
         activate: (K, H, W) logits -> what is averaged over views: softmax over the first dimension for segmentation,
@@ -101,7 +107,7 @@ def infer(
         look.averages.clear()  # the view's own map is not needed any more
 
     def forward(group: list[_Window]) -> None:
-        maps = predict(torch.stack([window.crop() for window in group]))
+        maps = predict(_together([window.content() for window in group]))
         if not results:
             results.extend([None] * len(views) for _ in maps)
         assert len(maps) == len(results), f"{len(maps)} candidates, {len(results)} before"
@@ -125,15 +131,15 @@ def infer(
 class _Look:
     """One view of one image, straight or flipped, and what has been predicted of it."""
 
-    def __init__(self, image: int, view: Tensor, flip: bool, num_windows: int) -> None:
+    def __init__(self, image: int, view: View, flip: bool, num_windows: int) -> None:
         self.image, self.view, self.flip, self.missing = image, view, flip, num_windows
+        self.size = view_size(view)
         self.averages: list[WindowAverage] = []  # one for each candidate, made with the first prediction
 
     def add(self, box: Box, maps: list[Tensor]) -> bool:
         """Add a window's map of each candidate; True when it was the last window."""
         if not self.averages:
-            height, width = self.view.shape[-2:]
-            self.averages = [WindowAverage((height, width)) for _ in maps]
+            self.averages = [WindowAverage(self.size) for _ in maps]
         for average, map in zip(self.averages, maps, strict=True):
             average.add(box, map)
         self.missing -= 1
@@ -146,30 +152,50 @@ class _Window:
 
     look: _Look
     box: Box
+    index: int  # among the windows of its view, flipped ones after the others
 
     @property
     def shape(self) -> tuple[int, ...]:
         top, left, bottom, right = self.box
         return (bottom - top, right - left)
 
-    def crop(self) -> Tensor:
-        """(C, h, w). A window of the mirror image is the mirror of the window at the other side."""
-        top, left, bottom, right = self.box
-        if not self.look.flip:
-            return self.look.view[:, top:bottom, left:right]
-        width = self.look.view.shape[-1]
-        return self.look.view[:, top:bottom, width - right : width - left].flip(-1)
+    def content(self) -> Tensor | Levels:
+        """The window's pixels (C, h, w), or its features."""
+        view = self.look.view
+        return view.windows[self.index] if isinstance(view, SeenView) else crop(view, self.box, self.look.flip)
 
 
-def _windows(views: Sequence[Sequence[Tensor]], settings: Inference) -> Iterator[_Window]:
+def view_size(view: View) -> Size:
+    """(height, width) of a view."""
+    return view.size if isinstance(view, SeenView) else (int(view.shape[-2]), int(view.shape[-1]))
+
+
+def crop(view: Tensor, box: Box, flip: bool) -> Tensor:
+    """A window (C, h, w). One of the mirror image is the mirror of the window at the other side."""
+    top, left, bottom, right = box
+    if not flip:
+        return view[:, top:bottom, left:right]
+    width = view.shape[-1]
+    return view[:, top:bottom, width - right : width - left].flip(-1)
+
+
+def _windows(views: Sequence[Sequence[View]], settings: Inference) -> Iterator[_Window]:
     """Every window of every view of every image, image by image."""
     for image, image_views in enumerate(views):
         for view in image_views:
-            height, width = view.shape[-2:]
-            boxes = settings.boxes((height, width))
-            for flip in (False, True) if settings.flip else (False,):
-                look = _Look(image, view, flip, len(boxes))
-                yield from (_Window(look, box) for box in boxes)
+            windows = settings.windows(view_size(view))
+            nums = Counter(flip for _, flip in windows)
+            looks = {flip: _Look(image, view, flip, num) for flip, num in nums.items()}
+            yield from (_Window(looks[flip], box, index) for index, (box, flip) in enumerate(windows))
+
+
+def _together(contents: Sequence[Tensor | Levels]) -> Tensor | Levels:
+    """Equal windows as one batch."""
+    tensors = [content for content in contents if isinstance(content, Tensor)]
+    if len(tensors) == len(contents):
+        return torch.stack(tensors)
+    assert not tensors, "pixels and features in one batch"
+    return Levels.cat([content for content in contents if isinstance(content, Levels)])
 
 
 def _divided(total: Tensor | None, num: int) -> Tensor:

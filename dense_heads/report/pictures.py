@@ -148,7 +148,7 @@ def _tensor(batch: Batch, index: int) -> Tensor | None:
     if "image" in batch:
         return batch["image"][index]
     if "views" in batch:
-        return max(batch["views"][index], key=Tensor.numel)
+        return max((view for view in batch["views"][index] if isinstance(view, Tensor)), key=Tensor.numel, default=None)
     return None
 
 

@@ -22,7 +22,7 @@ from dense_heads.errors import UserError, unknown_name
 from dense_heads.heads.base import Head
 from dense_heads.models.dense import FrozenBackbone
 from dense_heads.ops.seeding import forked_rng, stable_seed
-from dense_heads.structures import Batch, Features
+from dense_heads.structures import Batch, Features, Levels
 from dense_heads.training.optim import Schedule
 
 
@@ -107,14 +107,22 @@ class DenseModule(pl.LightningModule):
 
     def losses(self, batch: Batch) -> list[Tensor]:
         """One scalar for each candidate, each with random numbers of its own."""
-        images = batch["image"]
-        assert isinstance(images, Tensor)
-        features = self.backbone(images, self.requests)
+        levels = self._levels(batch).float()
         losses = []
-        for candidate, seen in zip(self.candidates, features, strict=True):
+        for candidate, request in zip(self.candidates, self.requests, strict=True):
+            seen = levels.features(request)
             with forked_rng(stable_seed(self.seed, candidate.name, self.global_step, self.global_rank), self.device):
                 losses.append(self.loss(candidate, candidate.head(seen), seen, batch))
         return losses
+
+    def _levels(self, batch: Batch) -> Levels:
+        """The features of a training batch: from the cache, or from a pass of the backbone."""
+        if "features" in batch:
+            return batch["features"]
+        images = batch["image"]
+        assert isinstance(images, Tensor)
+        levels: Levels = self.backbone(images, self.requests)
+        return levels
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Sum of the candidates' losses; one that is not finite retires its candidate."""

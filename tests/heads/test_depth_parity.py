@@ -67,7 +67,7 @@ def test_depth_equals_the_original(case):
     height, width = expected["depth"].shape[-2:]
     images = seeded().seeded_image(metadata["image_key"], (2, 3, height, width))
     frozen = FrozenBackbone(backbone)
-    features = frozen(images, [frozen.request(head)])[0]
+    features = frozen(images, [frozen.request(head)]).features(frozen.request(head))
     assert frozen.request(head).blocks == resolve_blocks(variant, "last" if kind == "ld1" else "even4")
     with torch.no_grad():
         depth = frozen.predict_all(images, [head])[0]
