@@ -104,7 +104,7 @@ def _outcome(measured: Measured) -> dict[str, Any]:
         "notes": list(parts.notes),
         "seed": cfg.seed,
         "steps": measured.step,
-        "commit": _commit(),
+        "commit": commit(),
         "hardware": hardware(),
         "seconds": {name: round(value, 1) for name, value in measured.seconds.items()},
         "versions": {name: version(name) for name in ("dense-heads", "torch", "lightning")},
@@ -148,7 +148,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The commit of this checkout; None for an installed package."""
     command = ["git", "-C", str(CONF_DIR), "rev-parse", "--short=12", "HEAD"]
     try:

@@ -1,0 +1,9 @@
+"""What `scripts/benchmark.py` measures: this project beside what others would use, in one run, as ratios.
+
+A part is a module of this room with `add_arguments(parser)` and `cases(arguments, scratch)`; `scratch` is a folder that
+is removed afterwards.
+"""
+
+PARTS = {  # module of this room -> what it measures
+    "backbone": "backbone forward against transformers, timm and, where installed, the original code",
+}
