@@ -68,7 +68,9 @@ def test_a_rows_experiment_is_its_protocol(task, head, backbone):
         "power": 1.0,
         "warmup_steps": 1500,
         "warmup_ratio": 1e-6,
+        "end": 0.0,
     }
+    assert cfg.optim.momentum.kind == "constant"
     assert cfg.optim.optimizer._target_ == "torch.optim.AdamW" and list(cfg.optim.optimizer.betas) == [0.9, 0.999]
     assert cfg.trainer.max_steps == 40_000 and cfg.trainer.val_check_interval == 10_000
     assert cfg.trainer.precision == "32-true" and cfg.trainer.accumulate_grad_batches == 1

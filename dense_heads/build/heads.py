@@ -53,6 +53,7 @@ def _candidate(
         weight_decay=float(settings.get("weight_decay", cfg.optim.weight_decay)),
         schedule=instantiate(cfg.optim.schedule),
         clip_norm=cfg.optim.clip_norm,
+        momentum=instantiate(cfg.optim.momentum),
         settings=settings,
     )
 

@@ -23,7 +23,7 @@ from dense_heads.heads.base import Head
 from dense_heads.models.dense import FrozenBackbone
 from dense_heads.ops.seeding import forked_rng, stable_seed
 from dense_heads.structures import Batch, Features, Levels
-from dense_heads.training.optim import Schedule
+from dense_heads.training.optim import Momentum, Schedule
 
 
 @dataclass
@@ -37,6 +37,7 @@ class Candidate:
     weight_decay: float
     schedule: Schedule
     clip_norm: float | None = None
+    momentum: Momentum | None = None  # None: the optimiser's own
     settings: dict[str, Any] = field(default_factory=dict)  # what distinguishes it, for grid.csv
 
 
@@ -187,6 +188,12 @@ class DenseModule(pl.LightningModule):
         assert isinstance(optimizer, LightningOptimizer)
         for group, candidate in zip(optimizer.param_groups, self.candidates, strict=True):
             group["lr"] = candidate.lr * candidate.schedule(self.global_step)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Set the momentum of the coming step: a function of the step alone, so a resumed run needs no state for it."""
+        for group, candidate in zip(optimizer.param_groups, self.candidates, strict=True):
+            if candidate.momentum is not None:
+                candidate.momentum.apply(group, self.global_step)
 
     # Validation and test: they differ in name only.
 

@@ -91,7 +91,10 @@ def test_optimisation(task, max_m, val_interval):
     weights = {key: value for key, value in cfg.task.loss.items() if isinstance(value, float)}
     assert {key: value for key, value in weights.items() if value} == {"sig": 1.0, "gradient": 0.5}
     factors = [instantiate(cfg.optim.schedule)(step) for step in (0, 12800, 38400)]
-    assert factors == pytest.approx([1e-3, 0.75, 0.0])  # the cosine runs on under the warmup: (1 + cos 60 deg) / 2
+    assert factors == pytest.approx([1e-3, 0.75, 1e-8])  # the cosine runs on under the warmup: (1 + cos 60 deg) / 2
+    momentum = instantiate(cfg.optim.momentum)
+    assert [momentum(step) for step in (0, 11519, 38399)] == pytest.approx([0.95, 0.85, 0.95])  # 0.3 x 38,400
+    assert cfg.optim.optimizer._target_ == "torch.optim.AdamW" and cfg.optim.optimizer.betas == [0.9, 0.999]
 
 
 @pytest.mark.parametrize(("task", "crop"), [("nyu_depth", "eigen"), ("kitti_depth", "garg"), ("sun_rgbd", "eigen")])
