@@ -48,9 +48,27 @@ def test_every_depth_task_is_trained_measured_and_measured_again_alike(runs, tas
     assert found["metrics"]["val/abs_rel"] > 0 and 0 <= found["metrics"]["val/delta1"] <= 1
     assert "images" in found["conventions"] and (run / "report.html").stat().st_size > 1000
     assert list((run / "pictures" / "val").glob("*.png"))
+    assert [len(blind["metrics"]) for blind in found["blind"]] == [len(found["metrics"])] * 3
     assert main(["mode=evaluate", f"model={run}"]) == 0
     (again,) = (run / "evaluate").iterdir()
-    assert json.loads((again / "metrics.json").read_text())["metrics"] == found["metrics"]
+    measured = json.loads((again / "metrics.json").read_text())
+    assert measured["metrics"] == found["metrics"] and measured["blind"] == found["blind"]
+
+
+def test_blind_predictions_are_scored_on_the_same_pixels_as_the_head(runs):
+    """`debug=fast` measures two images; by hand from the files, by a plain formula."""
+    run, root = runs("depth")
+    read = lambda split: [  # noqa: E731
+        np.asarray(Image.open(path)).astype(np.float64) / 1000 for path in sorted((root / "depth" / split).iterdir())
+    ]
+    maps = np.stack(read("training"))
+    median = np.median(maps[maps > 0])
+    blind = json.loads((run / "metrics.json").read_text())["blind"]
+    assert blind[0]["name"] == f"training median, {median:.2f} m"
+    each = [np.mean(np.abs(median - label[label > 0]) / label[label > 0]) for label in read("validation")]
+    assert len(each) == 2 and blind[0]["metrics"]["val/abs_rel"] == pytest.approx(np.mean(each), rel=1e-5)
+    page = (run / "report.html").read_text()
+    assert "Without looking at the image" in page and blind[2]["name"] in page
 
 
 def test_prediction_is_written_in_millimetres_and_on_request_in_metres_and_points(runs, tmp_path):

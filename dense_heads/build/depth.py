@@ -1,15 +1,18 @@
 """The depth family: its data and its module."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from dense_heads.build.config import plain
 from dense_heads.build.data import Loaded, read_samples
+from dense_heads.data.blind_depth import blind_depths, read_label
 from dense_heads.data.classes import Classes
 from dense_heads.data.depth import DepthDataset, collate_eval, collate_train
 from dense_heads.data.depth_checks import check_depth
@@ -101,6 +104,31 @@ def writer(cfg: DictConfig, output: Path, card: Card) -> DepthWriter:
 def conventions(cfg: DictConfig) -> str:
     """How the metrics are counted."""
     return metrics.conventions(**_evaluation(cfg))
+
+
+def blind(cfg: DictConfig, loaded: Loaded, stage: str) -> list[dict[str, Any]]:
+    """Names and scores of depths that are predicted without looking at the image, on the images that were measured."""
+    train, data = loaded.train, loaded.test if stage == "test" else loaded.val
+    if train is None or data is None:
+        return []
+    assert isinstance(train, DepthDataset) and isinstance(data, DepthDataset)
+    predictions = blind_depths(train, data, **plain(cfg.task.depth_range))
+    measures = [metrics.DepthMetrics(**_evaluation(cfg)) for _ in predictions]
+    for index in range(_num_measured(len(data), cfg.data.eval_batch_size, cfg.trainer[f"limit_{stage}_batches"])):
+        label = read_label(data, index)
+        for measure, prediction in zip(measures, predictions, strict=True):
+            depth_m = prediction.at((label.shape[0], label.shape[1]))
+            measure.update(torch.from_numpy(depth_m.copy()), torch.from_numpy(label.copy()))
+    return [
+        {"name": prediction.name, "metrics": {f"{stage}/{name}": value for name, value in scores.items()}}
+        for prediction, scores in zip(predictions, (metrics.scores(m.compute()) for m in measures), strict=True)
+    ]
+
+
+def _num_measured(num_images: int, batch_size: int, limit: float) -> int:
+    """Of a split's images those that a limit of the trainer (batches, or a share of them) leaves."""
+    batches = limit if isinstance(limit, int) else int(limit * math.ceil(num_images / batch_size))
+    return min(num_images, batches * batch_size)
 
 
 def _evaluation(cfg: DictConfig) -> dict[str, Any]:

@@ -19,7 +19,8 @@ from dense_heads.training.base import DenseModule
 
 log = logging.getLogger("dense_heads")
 
-# A family is a module with `load`, `module`, `num_outputs`, `classes`, `labels`, `pictures`, `writer`, `conventions`.
+# A family is a module with `load`, `module`, `num_outputs`, `classes`, `labels`, `pictures`, `writer`, `conventions`;
+# where there is something to say without looking at an image, also `blind`.
 FAMILIES: dict[str, ModuleType] = {"segmentation": segmentation, "depth": depth}
 
 

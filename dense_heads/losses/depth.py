@@ -1,4 +1,4 @@
-"""The loss of depth: SigLoss, multi-scale gradients, scale-and-shift-invariant, L1, Huber, or a weighted sum."""
+"""The loss of depth: SigLoss, multi-scale gradients, scale-and-shift-invariant, L1, relative L1, Huber, or a sum."""
 
 import math
 
@@ -27,7 +27,8 @@ class DepthLoss(nn.Module):
     the published heads were in effect trained by `sig` alone. `ssi` is MiDaS' trimmed scale-and-shift-invariant loss
     (arXiv 1907.01341, eq. 5-7), on depth: of each image, depth and target are freed of median and mean absolute
     deviation, and half the mean absolute residual is taken, without the largest fifth of residuals; then the mean over
-    images. `l1` and `huber` are means over valid pixels, in metres.
+    images. `l1` and `huber` are means over valid pixels, in metres; `relative` is the mean of |depth - target| / target,
+    which is what abs_rel measures.
 
     Pixels without a measurement reach no loss and no gradient, whatever is predicted there. A batch without any
     measurement gives a loss of 0 with gradients of 0.
@@ -39,6 +40,7 @@ class DepthLoss(nn.Module):
         ssi: weight of the scale-and-shift-invariant loss, for relative depth.
         l1: weight of the mean absolute error.
         huber: weight of the Huber loss.
+        relative: weight of the mean absolute error as a share of the target.
         sig_warmup: for so many calls in training SigLoss is without its variance. Counted in a buffer, so that a
             resumed run goes on counting.
         huber_delta: metres from which on the Huber loss is linear.
@@ -58,12 +60,13 @@ class DepthLoss(nn.Module):
         ssi: float = 0.0,
         l1: float = 0.0,
         huber: float = 0.0,
+        relative: float = 0.0,
         sig_warmup: int = 100,
         huber_delta: float = 1.0,
         max_m: float | None = None,
     ) -> None:
         super().__init__()
-        weights = {"sig": sig, "gradient": gradient, "ssi": ssi, "l1": l1, "huber": huber}
+        weights = {"sig": sig, "gradient": gradient, "ssi": ssi, "l1": l1, "huber": huber, "relative": relative}
         self.weights = {name: weight for name, weight in checked_weights(weights, "loss").items() if weight > 0}
         if not isinstance(sig_warmup, int) or isinstance(sig_warmup, bool) or sig_warmup < 0:
             raise UserError(f"loss.sig_warmup={sig_warmup!r}: expected a whole number of calls, 0 or above.")
@@ -129,6 +132,9 @@ class DepthLoss(nn.Module):
 
     def _l1(self, depth: Tensor, target: Tensor, valid: Tensor) -> Tensor:
         return ((depth - target).abs() * valid).sum() / valid.sum().clamp(min=1)
+
+    def _relative(self, depth: Tensor, target: Tensor, valid: Tensor) -> Tensor:
+        return ((depth - target).abs() / target * valid).sum() / valid.sum().clamp(min=1)
 
     def _huber(self, depth: Tensor, target: Tensor, valid: Tensor) -> Tensor:
         each = F.huber_loss(depth, target, reduction="none", delta=self.huber_delta)

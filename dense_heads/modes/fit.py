@@ -19,7 +19,7 @@ from dense_heads.build.training import make_loggers, make_trainer
 from dense_heads.errors import UserError
 from dense_heads.models.artefact import save_artefact
 from dense_heads.modes.folder import run_folder
-from dense_heads.modes.outcome import Measured, write_outcome
+from dense_heads.modes.outcome import Measured, blind_scores, write_outcome
 from dense_heads.report.html import write_report
 from dense_heads.report.tables import print_tables
 from dense_heads.training.checkpoints import load_best, newest_checkpoint
@@ -61,7 +61,8 @@ def main(cfg: DictConfig) -> float:
     baseline = _baseline(cfg, parts.notes)  # after all is saved: its failure costs nothing
     seconds["total"] = time.monotonic() - started
     if first:
-        finals = write_outcome(folder, dataclasses.replace(measured, baseline=baseline))
+        blind = blind_scores(cfg, parts, stage)
+        finals = write_outcome(folder, dataclasses.replace(measured, baseline=baseline, blind=blind))
         write_report(folder)
         finish_loggers(loggers, finals["metrics"])
         print_tables(finals)

@@ -6,7 +6,7 @@ import math
 import platform
 import subprocess
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from omegaconf import DictConfig
 
 from dense_heads.build.config import plain
-from dense_heads.build.parts import Parts
+from dense_heads.build.parts import Parts, family_of
 from dense_heads.modes.published import published_row
 from dense_heads.ops.files import write_atomically
 from dense_heads.paths import CONF_DIR
@@ -33,6 +33,14 @@ class Measured:
     seconds: Mapping[str, float]
     choices: Mapping[str, str]  # Hydra's: group -> option
     baseline: dict[str, Any] | None = None
+    blind: list[dict[str, Any]] = field(default_factory=list)  # what knows nothing of the images scores
+
+
+def blind_scores(cfg: DictConfig, parts: Parts, stage: str) -> list[dict[str, Any]]:
+    """Names and scores of predictions that do not look at the image; [] in families that have none."""
+    measure = getattr(family_of(cfg), "blind", None)
+    found: list[dict[str, Any]] = measure(cfg, parts.loaded, stage) if measure else []
+    return found
 
 
 def write_outcome(folder: Path, measured: Measured) -> dict[str, Any]:
@@ -101,6 +109,7 @@ def _outcome(measured: Measured) -> dict[str, Any]:
         "selected_on": _selected_on(cfg, len(module.candidates), stage),
         "published": published,
         "baseline": measured.baseline,
+        "blind": measured.blind,
         "notes": list(parts.notes),
         "seed": cfg.seed,
         "steps": measured.step,

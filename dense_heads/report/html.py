@@ -15,6 +15,7 @@ from dense_heads.report.tables import (
     PERCENT,
     ScoreRow,
     Summary,
+    blind_names,
     escape,
     format_metric,
     html_classes,
@@ -87,6 +88,8 @@ def _headline(summary: Summary) -> str:
     if main and main.baseline is not None:
         value, beside = format_metric(main.name, main.baseline), _distance(main.name, main.value, main.baseline)
         cards.append(card(f"Baseline: {escape(baseline.get('name', 'baseline'))}", value, beside, "quiet"))
+    if main and main.blind:
+        cards.append(_blind_card(summary, main))
     parts.append(f'<div class="cards">{"".join(cards)}</div>')
     if len(summary["metrics"]) > 1:
         parts.append(f'<div class="scores">{html_scores(summary)}</div>')
@@ -99,6 +102,16 @@ def _own_card(summary: Summary) -> str:
     better = {"max": "higher is better", "min": "lower is better"}.get(str(summary.get("direction")), "")
     chosen = f"checkpoint: {escape(summary['selected_on'])}" if summary.get("selected_on") else ""
     return card(escape(metric_label(primary)), value, "<br>".join(filter(None, (better, chosen))), "own")
+
+
+def _blind_card(summary: Summary, main: ScoreRow) -> str:
+    """What is scored without looking at the image: the simplest large, the others below."""
+    first, *others = zip(blind_names(summary), main.blind, strict=True)
+    lines = [escape(first[0]), _distance(main.name, main.value, first[1])]
+    lines += [f"{escape(name)}: {format_metric(main.name, value)}" for name, value in others]
+    return card(
+        "Without looking at the image", format_metric(main.name, first[1]), "<br>".join(filter(None, lines)), "quiet"
+    )
 
 
 def _published_card(summary: Summary, main: ScoreRow | None) -> str:

@@ -32,6 +32,7 @@ _SCHEMA: dict[str, tuple[type | tuple[type, ...], bool]] = {
     "protocol": (dict, False),
     "published": (dict, False),
     "baseline": (dict, False),
+    "blind": (list, False),
     "notes": (list, False),
     "seconds": (dict, False),
     "versions": (dict, False),
@@ -48,6 +49,7 @@ class ScoreRow:
     published: str | None  # as published, unit included
     comparable: bool
     baseline: float | None
+    blind: tuple[float | None, ...]  # of predictions that do not look at the image
     primary: bool
 
 
@@ -81,8 +83,13 @@ def read_summary(path: Path) -> Summary:
         if (value is None and needed) or (value is not None and not isinstance(value, kind)):
             expected = kind.__name__ if isinstance(kind, type) else " or ".join(one.__name__ for one in kind)
             raise UserError(f"{path}: `{key}` is {_short(value)}; expected a {expected}. {fix}")
-    baseline = (summary.get("baseline") or {}).get("metrics", {})
-    for name, value in (*summary["metrics"].items(), *(baseline.items() if isinstance(baseline, dict) else ())):
+    if not all(isinstance(entry, dict) and "name" in entry for entry in summary.get("blind") or ()):
+        raise UserError(f"{path}: `blind` holds an entry without a name; expected name and metrics. {fix}")
+    beside = [entry.get("metrics") for entry in (summary.get("baseline") or {}, *(summary.get("blind") or ()))]
+    numbers = [
+        item for metrics in (summary["metrics"], *beside) if isinstance(metrics, dict) for item in metrics.items()
+    ]
+    for name, value in numbers:
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
             raise UserError(f"{path}: the metric `{name}` is {_short(value)}; expected a number or null. {fix}")
     if not all(isinstance(entry, dict) and "name" in entry for entry in summary.get("per_class") or ()):
@@ -94,6 +101,7 @@ def score_rows(summary: Summary) -> list[ScoreRow]:
     """The run's metrics, the primary one first, beside the published number and the baseline."""
     published = summary.get("published") or {}
     baseline = (summary.get("baseline") or {}).get("metrics") or {}
+    blind = [entry.get("metrics") or {} for entry in summary.get("blind") or ()]
     primary = summary["primary"]
     rows = []
     for name in sorted(summary["metrics"], key=lambda one: one != primary):
@@ -105,6 +113,7 @@ def score_rows(summary: Summary) -> list[ScoreRow]:
                 published=published_text(published) if is_primary and published else None,
                 comparable=bool(published.get("comparable")),
                 baseline=_number(baseline.get(name)),
+                blind=tuple(_number(metrics.get(name)) for metrics in blind),
                 primary=is_primary,
             )
         )
@@ -137,12 +146,15 @@ def _rich_scores(summary: Summary) -> Table:
     with_baseline = any(row.baseline is not None for row in rows)
     if with_baseline:
         table.add_column(Text(_baseline_name(summary)), justify="right")
+    for name in blind_names(summary):
+        table.add_column(Text(name), justify="right")
     if shown:
         table.add_column("published", justify="right")
     for row in rows:
         cells = [Text(metric_label(plain(row.name))), Text(format_metric(row.name, row.value))]
         if with_baseline:
             cells.append(Text(format_metric(row.name, row.baseline)))
+        cells += [Text(format_metric(row.name, value)) for value in row.blind]
         if shown:
             remark = "" if row.comparable or not row.published else " (not comparable)"
             cells.append(Text(plain(row.published or "") + remark))
@@ -175,6 +187,7 @@ def html_scores(summary: Summary) -> str:
     head = ["<th>metric</th>", '<th class="n">this run</th>']
     if with_baseline:
         head.append(f'<th class="n">{escape(_baseline_name(summary))}</th>')
+    head += [f'<th class="n">{escape(name)}</th>' for name in blind_names(summary)]
     if with_published:
         head.append('<th class="n">published</th>')
     body = []
@@ -185,6 +198,7 @@ def html_scores(summary: Summary) -> str:
         ]
         if with_baseline:
             cells.append(f'<td class="n">{format_metric(row.name, row.baseline)}</td>')
+        cells += [f'<td class="n">{format_metric(row.name, value)}</td>' for value in row.blind]
         if with_published:
             remark = "" if row.comparable or not row.published else '<span class="faint"> not comparable</span>'
             cells.append(f'<td class="n">{escape(row.published or "")}{remark}</td>')
@@ -240,6 +254,11 @@ def plain(text: object) -> str:
 def escape(text: object) -> str:
     """Text for HTML: control characters replaced, markup escaped."""
     return html.escape(plain(text))
+
+
+def blind_names(summary: Summary) -> list[str]:
+    """What the predictions that do not look at the image are called, in the order of `ScoreRow.blind`."""
+    return [plain(entry["name"]) for entry in summary.get("blind") or ()]
 
 
 def _baseline_name(summary: Summary) -> str:

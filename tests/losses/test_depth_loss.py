@@ -11,8 +11,8 @@ from dense_heads.losses.depth import DepthLoss
 
 PARITY = Path(__file__).parents[2] / "../shared/parity/losses-a.safetensors"
 OFF = {"sig": 0.0, "gradient": 0.0}
-EACH = [{**OFF, name: 1.0} for name in ("sig", "gradient", "ssi", "l1", "huber")]
-NAMES = ["sig", "gradient", "ssi", "l1", "huber"]
+EACH = [{**OFF, name: 1.0} for name in ("sig", "gradient", "ssi", "l1", "huber", "relative")]
+NAMES = ["sig", "gradient", "ssi", "l1", "huber", "relative"]
 
 
 @pytest.fixture
@@ -109,9 +109,15 @@ def test_l1_and_huber_by_hand(batch):
         assert DepthLoss(**OFF, huber=1.0, huber_delta=delta)(*batch).item() == pytest.approx(huber, rel=1e-5)
 
 
+def test_relative_is_abs_rel(batch):
+    depth, target, valid = in_numpy(batch)
+    expected = np.mean(np.abs(depth - target)[valid] / target[valid])
+    assert DepthLoss(**OFF, relative=1.0)(*batch).item() == pytest.approx(expected, rel=1e-5)
+
+
 def test_the_sum_is_weighted(batch):
     each = [DepthLoss(**arguments)(*batch).item() for arguments in EACH]
-    weights = dict(zip(NAMES, [1.0, 0.5, 2.0, 0.25, 3.0], strict=True))
+    weights = dict(zip(NAMES, [1.0, 0.5, 2.0, 0.25, 3.0, 0.7], strict=True))
     expected = sum(weight * loss for weight, loss in zip(weights.values(), each, strict=True))
     assert DepthLoss(**weights)(*batch).item() == pytest.approx(expected, rel=1e-5)
     published = DepthLoss().eval()(*batch).item()

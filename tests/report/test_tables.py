@@ -40,6 +40,16 @@ def test_the_primary_metric_comes_first_beside_published_and_baseline():
     assert {row.name: row.baseline for row in rows}["test/dice"] is None
 
 
+def test_what_does_not_look_at_the_image_stands_beside_the_score():
+    blind = [{"name": "median", "metrics": {"test/miou": 0.11}}, {"name": "of each <pixel>", "metrics": {}}]
+    data = summary(blind=blind)
+    rows = {row.name: row.blind for row in score_rows(data)}
+    assert rows["test/miou"] == (0.11, None) and rows["test/dice"] == (None, None)
+    assert "11.0 %" in printed(data) and "of each <pixel>" in printed(data)
+    assert "of each &lt;pixel&gt;" in html_scores(data)
+    assert "median" not in printed(summary())
+
+
 def test_classes_are_sorted_and_absent_ones_last():
     rows = class_rows(summary())
     values = [row.iou for row in rows]
@@ -104,6 +114,8 @@ def test_long_lists_stand_in_two_columns():
         ({"backbone": "vits14"}, "`backbone` is 'vits14'; expected a dict"),
         ({"metrics": {"test/miou": "0.4"}}, "`test/miou` is '0.4'; expected a number"),
         ({"baseline": {"name": "x", "metrics": {"test/miou": [1]}}}, "expected a number"),
+        ({"blind": [{"name": "x", "metrics": {"test/miou": "0"}}]}, "expected a number"),
+        ({"blind": [{"metrics": {}}]}, "without a name"),
         ({"per_class": [{"iou": 1.0}]}, "without a name"),
         ({"per_class": [3]}, "without a name"),
         ({"notes": "one"}, "`notes` is 'one'; expected a list"),
