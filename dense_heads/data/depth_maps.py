@@ -1,7 +1,6 @@
 """Depth files of any kind as float32 metres, and saying clearly why one cannot be read."""
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,17 +9,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from dense_heads.data.exr import exr_size, read_exr
 from dense_heads.data.images import image_size, open_image, upright
 from dense_heads.errors import UserError, unknown_name
 from dense_heads.structures import Size
 
-os.environ.setdefault("OPENCV_IO_ENABLE_OPENEXR", "1")  # OpenCV keeps its EXR reader shut without it
-import cv2
-
 Array = npt.NDArray[Any]
 DEPTH_SUFFIXES = frozenset({".exr", ".npy", ".pgm", ".png", ".tif", ".tiff"})
 ENCODINGS = ("plain", "sun_rgbd")
-_EXR_MAGIC = b"\x76\x2f\x31\x01"
 _SUN_LARGEST = 8000  # millimetres, where SUN RGB-D's own toolbox cuts
 
 
@@ -93,8 +89,8 @@ def read_depth(
 ) -> npt.NDArray[np.float32]:
     """Read one depth file as (H, W) float32 metres, 0 = no measurement; the arguments are those of `DepthRule`.
 
-    PNG, PGM and TIFF with one channel of 8, 16 or 32 bits or float; `.npy` arrays (H, W); OpenEXR where OpenCV is built
-    with it.
+    PNG, PGM and TIFF with one channel of 8, 16 or 32 bits or float; `.npy` arrays (H, W); OpenEXR with the
+    library of that name.
 
     Raises:
         UserError: no such file, truncated, several channels, no numbers, or a value that makes no sense.
@@ -109,9 +105,11 @@ def depth_size(path: Path) -> Size:
         UserError: no such file, or not a depth map.
     """
     suffix = path.suffix.lower()
-    if suffix in (".npy", ".exr"):
-        height, width = (_open_npy if suffix == ".npy" else _read_exr)(path).shape
+    if suffix == ".npy":
+        height, width = _open_npy(path).shape
         return int(height), int(width)
+    if suffix == ".exr":
+        return exr_size(path)
     return image_size(path)
 
 
@@ -121,7 +119,7 @@ def _read_raw(path: Path) -> Array:
     if suffix == ".npy":
         raw = np.array(_open_npy(path))
     elif suffix == ".exr":
-        raw = _read_exr(path)
+        raw = read_exr(path)
     else:
         with open_image(path) as image:
             if image.format == "JPEG":
@@ -157,45 +155,6 @@ def _open_npy(path: Path) -> Array:
     if squeezed.ndim != 2 or squeezed.size == 0:
         raise UserError(f"{path}: an array of shape {array.shape}; expected one depth map (H, W), one file for each.")
     return squeezed
-
-
-def _read_exr(path: Path) -> Array:
-    """The one channel of an EXR file, or of several that are equal (many renderers write depth as grey RGB)."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file; expected a depth map. Check the path.")
-    with path.open("rb") as file:
-        magic = file.read(4)
-    if magic != _EXR_MAGIC:
-        raise UserError(f"{path}: not an OpenEXR file. Expected a whole EXR file; copy or write it again.")
-    try:
-        raw = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
-    except cv2.error as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise UserError(f"{path}: the EXR file cannot be read: {reason}. Copy or write it again.") from error
-    if raw is None:
-        why = (
-            "the file is damaged or of an unusual kind"
-            if _reads_exr()
-            else "the OpenCV that is installed is built without OpenEXR"
-        )
-        raise UserError(
-            f"{path}: the EXR file cannot be read: {why}. Convert the depths to .npy (float32) or 16-bit PNG, or "
-            "install a build of OpenCV with OpenEXR."
-        )
-    exr: Array = raw
-    if exr.ndim == 3 and (exr[..., :3] == exr[..., :1]).all():
-        exr = exr[..., 0]
-    if exr.ndim != 2:
-        raise UserError(
-            f"{path}: {exr.shape[2]} different channels; expected depth in one. Write the depth alone into the file."
-        )
-    return exr
-
-
-def _reads_exr() -> bool:
-    """Whether this build of OpenCV has an EXR reader."""
-    lines = [line.split(":", 1)[1] for line in cv2.getBuildInformation().splitlines() if "OpenEXR:" in line]
-    return bool(lines) and "NO" not in lines[0]
 
 
 def _is_number(value: object) -> bool:

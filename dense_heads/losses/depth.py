@@ -27,8 +27,8 @@ class DepthLoss(nn.Module):
     the published heads were in effect trained by `sig` alone. `ssi` is MiDaS' trimmed scale-and-shift-invariant loss
     (arXiv 1907.01341, eq. 5-7), on depth: of each image, depth and target are freed of median and mean absolute
     deviation, and half the mean absolute residual is taken, without the largest fifth of residuals; then the mean over
-    images. `l1` and `huber` are means over valid pixels, in metres; `relative` is the mean of |depth - target| / target,
-    which is what abs_rel measures.
+    images. `l1` and `huber` are means over valid pixels, in metres; `relative` is the mean of |depth - target| / target
+    over them, which is what abs_rel measures.
 
     Pixels without a measurement reach no loss and no gradient, whatever is predicted there. A batch without any
     measurement gives a loss of 0 with gradients of 0.

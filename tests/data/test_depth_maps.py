@@ -1,8 +1,9 @@
+import sys
+
 import numpy as np
 import pytest
 from PIL import Image
 
-from dense_heads.data import depth_maps
 from dense_heads.data.depth_maps import DepthRule, depth_size, read_depth
 from dense_heads.errors import UserError
 from tests.factories import DATA, save
@@ -133,21 +134,73 @@ def test_a_header_cannot_ask_for_memory_that_the_file_does_not_have(tmp_path):
         read_depth(tmp_path / "a.npy", 1)
 
 
-def test_exr(tmp_path):
-    path = tmp_path / "a.exr"
-    values = np.array([[0.5, 2.25], [np.inf, 9.0]], np.float32)
-    if depth_maps._reads_exr():
-        assert depth_maps.cv2.imwrite(str(path), values)
-        np.testing.assert_array_equal(read_depth(path, 1), [[0.5, 2.25], [0, 9]])
-        assert depth_size(path) == (2, 2)
-        path.write_bytes(path.read_bytes()[:60])
-        why = "damaged|cannot be read"
-    else:
-        path.write_bytes(b"\x76\x2f\x31\x01" + bytes(60))
-        why = r"built without OpenEXR\. Convert the depths to \.npy"
-    with pytest.raises(UserError, match=why) as caught:
-        read_depth(path, 1)
-    assert "a.exr" in str(caught.value)
+METRES = np.array([[0.5, 2.25, 7.0], [np.inf, 9.0, 0.0]], np.float32)
+
+
+def write_exr(path, channels, data=None, display=None):
+    """`data`, `display`: windows (left, top, right, bottom), the last two inclusive as in the format."""
+    openexr = pytest.importorskip("OpenEXR")
+    header = {"compression": openexr.ZIP_COMPRESSION, "type": openexr.scanlineimage}
+    for name, window in (("dataWindow", data), ("displayWindow", display)):
+        if window is not None:
+            header[name] = np.array(window[:2], np.int32), np.array(window[2:], np.int32)
+    with openexr.File(header, channels) as file:
+        file.write(str(path))
+    return path
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+@pytest.mark.parametrize("name", ["Y", "Z", "R", "anything"])
+def test_exr_with_one_channel(tmp_path, name, dtype):
+    path = write_exr(tmp_path / "a.exr", {name: METRES.astype(dtype)})
+    np.testing.assert_array_equal(read_depth(path, 1), [[0.5, 2.25, 7], [0, 9, 0]])
+    np.testing.assert_array_equal(read_depth(path, 2, invalid=9.0), [[0.25, 1.125, 3.5], [0, 0, 0]])
+    assert depth_size(path) == (2, 3)
+
+
+def test_exr_of_whole_millimetres(tmp_path):
+    path = write_exr(tmp_path / "a.exr", {"Z": np.array([[0, 2731], [70_000, 4]], np.uint32)})
+    np.testing.assert_array_equal(read_depth(path, 1000), np.float32([[0, 2.731], [70, 0.004]]))
+
+
+def test_exr_with_colours_beside_depth_and_depth_as_grey(tmp_path):
+    colours = np.random.default_rng(0).uniform(size=(2, 3, 4)).astype(np.float32)
+    path = write_exr(tmp_path / "a.exr", {"RGBA": colours, "ViewLayer.Depth.Z": METRES})
+    np.testing.assert_array_equal(read_depth(path, 1), [[0.5, 2.25, 7], [0, 9, 0]])
+    grey = np.dstack([METRES, METRES, METRES, np.ones_like(METRES)])
+    np.testing.assert_array_equal(read_depth(write_exr(tmp_path / "b.exr", {"RGBA": grey}), 1)[1], [0, 9, 0])
+    with pytest.raises(UserError, match=r"c\.exr: different channels, A, B, G, R; expected one of depth"):
+        read_depth(write_exr(tmp_path / "c.exr", {"RGBA": colours}), 1)
+
+
+def test_exr_whose_pixels_are_not_the_whole_picture(tmp_path):
+    path = write_exr(tmp_path / "a.exr", {"Z": METRES}, data=(1, 2, 3, 3), display=(0, 0, 4, 4))
+    whole = np.zeros((5, 5), np.float32)
+    whole[2:4, 1:4] = [[0.5, 2.25, 7], [0, 9, 0]]
+    np.testing.assert_array_equal(read_depth(path, 1), whole)
+    assert depth_size(path) == (5, 5)
+    path = write_exr(tmp_path / "b.exr", {"Z": METRES}, data=(-1, 0, 1, 1), display=(0, 0, 1, 0))  # more than is shown
+    np.testing.assert_array_equal(read_depth(path, 1), [[2.25, 7]])
+
+
+def test_exr_that_is_damaged(tmp_path):
+    content = write_exr(tmp_path / "a.exr", {"Z": METRES}).read_bytes()
+    for length in (4, 60, len(content) // 2, len(content) - 5):
+        (tmp_path / "b.exr").write_bytes(content[:length])
+        with pytest.raises(UserError, match=r"b\.exr: the EXR file cannot be read"):
+            read_depth(tmp_path / "b.exr", 1)
+    at = content.index(b"displayWindow\0box2i\0") + len(b"displayWindow\0box2i\0") + 4
+    (tmp_path / "c.exr").write_bytes(content[: at + 8] + b"\xff\xff\xff\x00" * 2 + content[at + 16 :])
+    with pytest.raises(UserError, match=r"c\.exr: .*"):
+        depth_size(tmp_path / "c.exr")
+
+
+def test_without_the_library_exr_says_what_to_install(tmp_path, monkeypatch):
+    (tmp_path / "a.exr").write_bytes(b"\x76\x2f\x31\x01" + bytes(60))
+    monkeypatch.setitem(sys.modules, "OpenEXR", None)
+    for use in (lambda path: read_depth(path, 1), depth_size):
+        with pytest.raises(UserError, match=r"a\.exr: .*pip install 'dense-heads\[exr\]'\), or convert"):
+            use(tmp_path / "a.exr")
 
 
 @pytest.mark.parametrize("scale", [0, -1, float("nan"), float("inf"), "1000", None, True])
