@@ -16,7 +16,7 @@ from dense_heads.data.scene_world import BOX, CLASSES, PLANE_LABELS, SPHERE, Sol
 from dense_heads.errors import UserError
 from dense_heads.structures import Size
 
-__all__ = ["CLASSES", "THINGS", "VERSION", "Scene", "camera_intrinsics", "render_scene"]
+__all__ = ["CLASSES", "THINGS", "VERSION", "Scene", "camera_intrinsics", "extent", "render_scene"]
 
 Array = npt.NDArray[Any]
 
@@ -74,7 +74,7 @@ def render_scene(seed: int, size: Size = (240, 320)) -> Scene:
         depth_m=hits.depth_m,
         labels=labels_of_surfaces[hits.surface],
         instances=instances,
-        boxes=np.array([_extent(instances == i + 1) for i in range(len(visible))], np.float32).reshape(-1, 4),
+        boxes=np.array([extent(instances == i + 1) for i in range(len(visible))], np.float32).reshape(-1, 4),
         box_labels=np.array([world.solids[i].label for i in visible], dtype=np.int64),
         solids=tuple(world.solids[i] for i in visible),
         intrinsics=intrinsics,
@@ -89,6 +89,7 @@ def camera_intrinsics(size: Size) -> npt.NDArray[np.float64]:
     return np.array([[focal, 0, (width - 1) / 2], [0, focal, (height - 1) / 2], [0, 0, 1.0]])
 
 
-def _extent(mask: Array) -> tuple[int, int, int, int]:
+def extent(mask: npt.NDArray[np.bool_]) -> tuple[int, int, int, int]:
+    """The xyxy extent of a mask's pixels, of which there is at least one; the far edges exclusive."""
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1

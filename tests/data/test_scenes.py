@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from dense_heads.data.classes import read_classes
-from dense_heads.data.datasets.scenes import DEPTH_SCALE, SceneDepth, SceneMasks, draw_scenes, scene_seed
+from dense_heads.data.datasets.scenes import DEPTH_SCALE, SceneDepth, SceneMasks, draw_scenes, scene_objects, scene_seed
 from dense_heads.data.labels import LabelRule
 from dense_heads.data.scene_rays import rotation_about_z
 from dense_heads.data.scene_world import BOX, CEILING, DOOR, FLOOR, RUG, SPHERE, WALL, WINDOW
@@ -174,6 +174,33 @@ def test_readers_give_what_was_rendered(folder):
             instances = np.array(Image.open(folder / "instances" / split / with_mask.mask.name))
             np.testing.assert_array_equal(instances, scene.instances)
     assert masks.samples("test") == depth.samples("test") == [] and masks.notices == depth.notices == []
+
+
+def test_objects_of_a_drawn_scene_are_those_that_were_rendered(folder):
+    num = 0
+    for split, count in (("train", 3), ("val", 2)):
+        samples = SceneMasks(folder.parent, 3, 2, SMALL).samples(split)
+        for i in range(count):
+            scene, stored = render_scene(scene_seed(split, i), SMALL), scene_objects(folder, split, samples[i].image_id)
+            np.testing.assert_array_equal(stored.boxes, scene.boxes)
+            np.testing.assert_array_equal(stored.masks, scene.masks)
+            np.testing.assert_array_equal(stored.labels, [{BOX: 0, SPHERE: 1}[int(k)] for k in scene.box_labels])
+            assert stored.boxes.dtype == np.float32 and stored.masks.dtype == bool and stored.labels.dtype == np.int64
+            for box, mask in zip(stored.boxes, stored.masks, strict=True):
+                rows, columns = np.nonzero(mask)
+                assert box.tolist() == [columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]
+            num += len(stored.boxes)
+    assert num > 5
+    with pytest.raises(UserError, match=r"000009\.png: no such file"):
+        scene_objects(folder, "val", "000009")
+
+
+def test_a_scene_without_objects_has_empty_ones(tmp_path):
+    for kind in ("instances", "masks"):
+        (tmp_path / kind / "train").mkdir(parents=True)
+        Image.fromarray(np.zeros((8, 9), np.uint8)).save(tmp_path / kind / "train" / "000000.png")
+    stored = scene_objects(tmp_path, "train", "000000")
+    assert stored.boxes.shape == (0, 4) and stored.labels.shape == (0,) and stored.masks.shape == (0, 8, 9)
 
 
 def test_splits_share_no_scene(folder):

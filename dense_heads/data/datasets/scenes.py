@@ -5,8 +5,9 @@ import logging
 import os
 import shutil
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,7 +19,8 @@ from rich.progress import track
 from dense_heads.data.datasets.base import Sample, Split
 from dense_heads.data.datasets.depth_folders import DepthFolders
 from dense_heads.data.datasets.folders import PairedFolders
-from dense_heads.data.scenes import CLASSES, VERSION, camera_intrinsics, render_scene
+from dense_heads.data.images import open_image
+from dense_heads.data.scenes import CLASSES, THINGS, VERSION, camera_intrinsics, extent, render_scene
 from dense_heads.errors import UserError
 from dense_heads.ops.seeding import stable_seed
 from dense_heads.structures import Size
@@ -85,6 +87,36 @@ class SceneDepth(DepthFolders):
     def samples(self, split: Split) -> list[Sample]:
         """The split's samples, sorted by id; [] for the test split, which does not exist."""
         return [replace(sample, focal=self.focal) for sample in super().samples(split)]
+
+
+@dataclass(frozen=True, eq=False)
+class SceneObjects:
+    """The boxes and spheres of one scene; n is the number of those of which a pixel is visible, none is left out."""
+
+    boxes: npt.NDArray[np.float32]  # (n, 4) xyxy pixels, the far edges exclusive: the extent of the visible pixels
+    labels: npt.NDArray[np.int64]  # (n,) 0 = box, 1 = sphere: the places in `data.scenes.THINGS`
+    masks: npt.NDArray[np.bool_]  # (n, H, W) the visible pixels
+
+
+def scene_objects(folder: Path, split: str, image_id: str) -> SceneObjects:
+    """What `instances/` and `masks/` of a drawn folder say about one scene, exactly as `render_scene` made it.
+
+    Args:
+        folder: what `draw_scenes` gave.
+        split: train | val.
+        image_id: as the readers' samples have it, `000000`.
+
+    Raises:
+        UserError: one of the files is not there, or is no image.
+    """
+    instances, classes = (_stored(folder / kind / split / f"{image_id}.png") for kind in ("instances", "masks"))
+    masks = np.asarray(instances[None] == np.arange(1, int(instances.max()) + 1)[:, None, None])
+    of_class = [int(classes[mask][0]) for mask in masks]
+    return SceneObjects(
+        boxes=np.array([extent(mask) for mask in masks], np.float32).reshape(-1, 4),
+        labels=np.array([THINGS.index(label) for label in of_class], np.int64),
+        masks=masks,
+    )
 
 
 def draw_scenes(root: str | Path, num_train: int = 400, num_val: int = 100, size: Sequence[int] = (240, 320)) -> Path:
@@ -167,6 +199,11 @@ def _draw(folder: Path, splits: dict[str, int], size: Size) -> None:
         "depth_per_metre": DEPTH_SCALE,
     }
     (folder / _MARK).write_text(json.dumps(about, indent=1), encoding="utf-8")
+
+
+def _stored(path: Path) -> npt.NDArray[Any]:
+    with open_image(path) as image:
+        return np.asarray(image)
 
 
 def _save(pixels: npt.NDArray[np.uint8] | npt.NDArray[np.uint16], path: Path) -> None:
