@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from dense_heads.data.classes import Classes
 from dense_heads.data.datasets.base import Split
 from dense_heads.data.labels import LabelRule
+from dense_heads.data.unaugmented import without_chance
 from dense_heads.errors import UserError
 from dense_heads.models.card import read_card
 from dense_heads.ops.files import write_atomically
@@ -34,6 +35,12 @@ class Loaded:
     made_split: dict[str, list[str]] | None = None
     classes: Classes = field(kw_only=True)
     labels: LabelRule | None = None
+
+
+def training_steps(cfg: DictConfig) -> dict[str, Any]:
+    """The steps of `task.transforms.train` by name; without chance where `data.augment=false`."""
+    steps = instantiate(cfg.task.transforms.train)
+    return dict(steps) if cfg.data.augment else without_chance(steps)
 
 
 def read_samples(cfg: DictConfig) -> tuple[Any, dict[str, Sequence[Any]]]:

@@ -11,7 +11,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from dense_heads.build.config import plain
-from dense_heads.build.data import Loaded, read_samples
+from dense_heads.build.data import Loaded, read_samples, training_steps
 from dense_heads.data.blind_depth import blind_depths, read_label
 from dense_heads.data.classes import Classes
 from dense_heads.data.depth import DepthDataset, collate_eval, collate_train
@@ -37,7 +37,7 @@ def load(cfg: DictConfig, check: bool) -> Loaded:
         check_depth(samples, rule, **plain(cfg.task.depth_range))
     train = None
     if samples["train"]:
-        steps = DepthTrainPipeline(instantiate(cfg.task.transforms.train), list(cfg.data.image_size))
+        steps = DepthTrainPipeline(training_steps(cfg), list(cfg.data.image_size))
         train = DepthDataset(samples["train"], rule, steps, seed=cfg.seed)
     transform = DepthEvalTransform(**plain(cfg.task.transforms.eval))
     labelled_test = bool(samples["test"]) and all(sample.depth is not None for sample in samples["test"])

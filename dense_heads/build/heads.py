@@ -43,7 +43,8 @@ def _candidate(
 ) -> Candidate:
     name = " ".join(f"{key}={value}" for key, value in settings.items()) or HydraConfig.get().runtime.choices["head"]
     option = str(settings.get("head", HydraConfig.get().runtime.choices["head"]))
-    with forked_rng(stable_seed(cfg.seed, name, "init")):  # a function of seed and name alone: the same in any grid
+    origin = f"{option} {json.dumps(head_arguments(head_cfg), sort_keys=True)}"  # alone and in any grid the same
+    with forked_rng(stable_seed(cfg.seed, origin, "init")):
         head = make_head(cfg, head_cfg, option, frozen, num_outputs)
     return Candidate(
         name=name,
@@ -55,6 +56,7 @@ def _candidate(
         clip_norm=cfg.optim.clip_norm,
         momentum=instantiate(cfg.optim.momentum),
         settings=settings,
+        origin=origin,
     )
 
 

@@ -9,12 +9,14 @@ from types import ModuleType
 from omegaconf import DictConfig
 
 from dense_heads.build import depth, segmentation
+from dense_heads.build.cache import resolve_cache, with_features
 from dense_heads.build.config import is_random
 from dense_heads.build.data import Loaded
 from dense_heads.build.heads import backbone, make_candidates, measured_only
 from dense_heads.data.datamodule import DataModule
 from dense_heads.errors import UserError
 from dense_heads.heads.base import Head
+from dense_heads.models.dense import FrozenBackbone
 from dense_heads.training.base import DenseModule
 
 log = logging.getLogger("dense_heads")
@@ -42,32 +44,37 @@ def family_of(cfg: DictConfig) -> ModuleType:
     return FAMILIES[cfg.task.family]
 
 
-def make_parts(cfg: DictConfig, check: bool = True, heads: Sequence[Head] | None = None) -> Parts:
+def make_parts(
+    cfg: DictConfig, check: bool = True, heads: Sequence[Head] | None = None, frozen: FrozenBackbone | None = None
+) -> Parts:
     """Everything but the trainer; finds a user's mistakes cheaply, the cheapest first.
 
-    `heads`: trained heads to measure, in place of those that the config describes. Resolves `trainer.max_steps`,
+    `heads`: trained heads to measure, in place of those that the config describes; `frozen`: the config's backbone, if
+    it is there already. Features are computed here where `cache` keeps them. Resolves `trainer.max_steps`,
     `trainer.val_check_interval` and the warmup in `cfg` where they follow from the data.
     """
     family = family_of(cfg)
+    resolve_cache(cfg)
     loaded: Loaded = family.load(cfg, check)
     _resolve_length(cfg, loaded.num_images["train"])
+    frozen = backbone(cfg) if frozen is None else frozen
+    if heads is None:
+        candidates = make_candidates(cfg, frozen, family.num_outputs(cfg))
+    else:
+        candidates = [measured_only(cfg, head) for head in heads]
+    loaded = with_features(cfg, loaded, frozen, [frozen.request(candidate.head) for candidate in candidates])
     data = DataModule(
         train=loaded.train,
         val=loaded.val,
         test=loaded.test,
         batch_size=cfg.data.batch_size,
         eval_batch_size=cfg.data.eval_batch_size,
-        num_workers=cfg.data.num_workers,
+        num_workers=cfg.data.num_workers if cfg.cache.kind == "off" else 0,  # features are read at once
         seed=cfg.seed,
         collate_train=loaded.collate_train,
         collate_eval=loaded.collate_eval,
         max_steps=cfg.trainer.max_steps,
     )
-    frozen = backbone(cfg)
-    if heads is None:
-        candidates = make_candidates(cfg, frozen, family.num_outputs(cfg))
-    else:
-        candidates = [measured_only(cfg, head) for head in heads]
     notes = list(loaded.notes)
     if is_random(cfg.backbone):
         notes.append("The backbone's weights are random: it has learnt nothing.")

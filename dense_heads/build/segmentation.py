@@ -9,7 +9,7 @@ from omegaconf import DictConfig
 from PIL.Image import Image
 
 from dense_heads.build.config import plain
-from dense_heads.build.data import Loaded, own_run, read_samples
+from dense_heads.build.data import Loaded, own_run, read_samples, training_steps
 from dense_heads.data.checks import check_segmentation
 from dense_heads.data.classes import Classes, read_classes
 from dense_heads.data.labels import LabelRule
@@ -34,7 +34,7 @@ def load(cfg: DictConfig, check: bool) -> Loaded:
         check_segmentation(samples, rule)
     train = None
     if samples["train"]:
-        steps = TrainPipeline(instantiate(cfg.task.transforms.train), cfg.data.image_size)
+        steps = TrainPipeline(training_steps(cfg), cfg.data.image_size)
         train = SegmentationDataset(samples["train"], rule, steps, seed=cfg.seed)
     transform = EvalTransform(**plain(cfg.task.transforms.eval))
     labelled_test = bool(samples["test"]) and all(sample.mask is not None for sample in samples["test"])

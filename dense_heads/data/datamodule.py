@@ -102,7 +102,7 @@ class DataModule(LightningDataModule):
             "num_workers": self.num_workers,
             "persistent_workers": self.num_workers > 0,
             "pin_memory": torch.cuda.is_available(),
-            "worker_init_fn": _one_thread,
+            "worker_init_fn": one_thread,
             # A generator of its own: a loader without one draws from the global one whenever it is iterated, and what
             # training draws afterwards would depend on how often it was resumed and validated.
             "generator": torch.Generator().manual_seed(stable_seed("loader", self.seed, name)),
@@ -122,7 +122,7 @@ class _StepLoader(DataLoader[Any]):
         return sampler.max_steps
 
 
-def _one_thread(worker: int) -> None:
+def one_thread(worker: int) -> None:
     """Workers share the processor's cores by being several, not by threads of their own."""
     torch.set_num_threads(1)
     cv2.setNumThreads(0)

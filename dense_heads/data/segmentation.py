@@ -13,7 +13,7 @@ from dense_heads.data.labels import LabelRule
 from dense_heads.data.transforms import EvalTransform, TrainPipeline
 from dense_heads.errors import UserError
 from dense_heads.ops.seeding import stable_seed
-from dense_heads.structures import Batch, Size, View
+from dense_heads.structures import Batch, Levels, Size, View
 
 Key = tuple[int, int] | int
 
@@ -22,7 +22,8 @@ class SegmentationItem(TypedDict, total=False):
     """One sample; the keys mean what they mean in `Batch`, without its first dimension."""
 
     image: Tensor  # (3, H, W)
-    views: Sequence[View]  # with several test scales, in place of `image`
+    views: Sequence[View]  # in place of `image`: with several test scales, or where they are cached features
+    features: Levels  # in training, in place of `image`: cached features of one image
     mask: Tensor  # (H, W) int64; in evaluation at the label's own size
     image_id: str
     path: str
@@ -97,9 +98,12 @@ def size_mismatch(sample: Sample, image_size: Sequence[int], mask_size: Sequence
 
 
 def collate_train(items: Sequence[SegmentationItem]) -> Batch:
-    """Samples of one size -> `Batch` with stacked tensors."""
+    """Samples of one size -> `Batch` with stacked tensors, of cached features or images."""
     batch = _common(items)
-    batch["image"] = torch.stack([item["image"] for item in items])
+    if "features" in items[0]:
+        batch["features"] = Levels.cat([item["features"] for item in items])
+    else:
+        batch["image"] = torch.stack([item["image"] for item in items])
     if "mask" in items[0]:
         batch["mask"] = torch.stack([item["mask"] for item in items])
     return batch

@@ -32,10 +32,11 @@ def main(cfg: DictConfig) -> float:
             "head.weights=official or a path."
         )
     heads, choices, steps = None, dict(HydraConfig.get().runtime.choices), 0
+    frozen = backbone(cfg)
     if cfg.model is not None:
         choices["head"], steps = read_card(Path(cfg.model)).head["name"], trained_steps(Path(cfg.model))
-        heads = [trained_head(Path(cfg.model), backbone(cfg), family_of(cfg).num_outputs(cfg))]
-    parts = make_parts(cfg, heads=heads)
+        heads = [trained_head(Path(cfg.model), frozen, family_of(cfg).num_outputs(cfg))]
+    parts = make_parts(cfg, heads=heads, frozen=frozen)
     folder = run_folder(cfg) if cfg.model is None else evaluation_folder(cfg)
     trainer = make_trainer(cfg, folder, parts, [])
     stage = measure(trainer, parts)

@@ -22,6 +22,8 @@ _FREE_ON_RESUME = (
     "trainer.accelerator",
     "logger",
     "data.root",
+    "cache.dir",
+    "cache.check",
 )
 
 

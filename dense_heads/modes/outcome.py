@@ -103,6 +103,8 @@ def _outcome(measured: Measured) -> dict[str, Any]:
             "inference": plain(cfg.task.inference),
             "eval": plain(cfg.task.transforms.eval),
             "precision": cfg.trainer.precision,
+            "augment": cfg.data.augment,
+            "cache": {key: cfg.cache[key] for key in ("kind", "views", "dtype")},
             "select": cfg.task.protocol.select,
         },
         "conventions": parts.conventions,

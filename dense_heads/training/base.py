@@ -39,6 +39,7 @@ class Candidate:
     clip_norm: float | None = None
     momentum: Momentum | None = None  # None: the optimiser's own
     settings: dict[str, Any] = field(default_factory=dict)  # what distinguishes it, for grid.csv
+    origin: str = ""  # what its random numbers come from: the head itself, however and beside whatever it is trained
 
 
 @dataclass
@@ -112,7 +113,10 @@ class DenseModule(pl.LightningModule):
         losses = []
         for candidate, request in zip(self.candidates, self.requests, strict=True):
             seen = levels.features(request)
-            with forked_rng(stable_seed(self.seed, candidate.name, self.global_step, self.global_rank), self.device):
+            with forked_rng(
+                stable_seed(self.seed, candidate.origin or candidate.name, self.global_step, self.global_rank),
+                self.device,
+            ):
                 losses.append(self.loss(candidate, candidate.head(seen), seen, batch))
         return losses
 

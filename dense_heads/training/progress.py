@@ -1,14 +1,47 @@
 """Progress a person can follow: a bar over the steps, and one line for each validation."""
 
 import logging
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import RichProgressBar
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
 
 from dense_heads.training.base import DenseModule
 
 log = logging.getLogger("dense_heads")
+
+LINE_SECONDS = 15  # between lines where there is no terminal
+
+
+@contextmanager
+def progress(what: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Progress of long work outside the trainer: gives a function that is told how much is done."""
+    if sys.stderr.isatty() and log.isEnabledFor(logging.INFO):
+        columns = (TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+        with RichProgress(*columns, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task(what, total=total)
+            yield lambda done: bar.update(task, completed=done)
+        return
+    started = last = time.monotonic()
+    first: int | None = None
+
+    def say(done: int) -> None:
+        nonlocal last, first
+        now = time.monotonic()
+        first = done if first is None else first
+        if now - last >= LINE_SECONDS and done > first:
+            left = (now - started) / (done - first) * (total - done)
+            log.info("%s: %d of %d (%.0f %%), about %.0f s left", what, done, total, 100 * done / total, left)
+            last = now
+
+    yield say
 
 
 class Progress(RichProgressBar):

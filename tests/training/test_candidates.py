@@ -34,6 +34,9 @@ def test_a_head_trains_alike_alone_and_in_a_grid(tiny, tmp_path, monkeypatch):
     grid, single = heads_of(tmp_path / "grid"), heads_of(tmp_path / "alone")
     assert len(grid) == 4 and len(single) == 1
     assert all(torch.equal(grid[3][name], single[0][name]) for name in single[0])  # linear4, weight decay 0
+    plain = ["head=linear4", "optim.lr=1e-2", "optim.weight_decay=0"]  # no grid at all
+    assert main([*tiny, *plain, f"run_dir={tmp_path / 'plain'}"]) == 0
+    assert all(torch.equal(heads_of(tmp_path / "plain")[0][name], single[0][name]) for name in single[0])
     table = (tmp_path / "grid" / "grid.csv").read_text().splitlines()
     assert len(table) == 5 and "val/miou" in table[0]
     winner = load_file(tmp_path / "grid" / "head.safetensors")
