@@ -148,7 +148,7 @@ def _identity(
         "items": {key: value for key, value in plain(cfg.task.data).items() if key not in _NOT_OF_ITEMS},
         "labels": loaded.labels.settings() if loaded.labels else {},
         "transforms": plain(cfg.task.transforms)["train" if training else "eval"],
-        "files": _digest(dataset.samples),
+        "files": files_digest(dataset.samples),
     }
     if training:
         random = any(is_random(step) for step in dataset.transform.steps.values())
@@ -161,7 +161,7 @@ def _identity(
     return found
 
 
-def _digest(samples: Sequence[Any]) -> str:
+def files_digest(samples: Sequence[Any]) -> str:
     """Of the samples and their files: names, sizes and times of change, so that a file that was replaced is noticed."""
     digest = hashlib.sha256()
     for sample in samples:

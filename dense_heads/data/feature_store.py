@@ -12,7 +12,7 @@ import zlib
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from filelock import BaseFileLock, FileLock, Timeout
 from safetensors import SafetensorError, safe_open
@@ -202,6 +202,14 @@ class CachedDataset(Dataset[dict[str, Any]]):
     def __init__(self, store: FeatureStore, num_samples: int, num_views: int = 1) -> None:
         assert len(store) == num_samples * num_views
         self.store, self.num_samples, self.num_views = store, num_samples, num_views
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Self:
+        """The features that `mode=embed` wrote into a folder."""
+        store = DiskStore(Path(folder))
+        if missing := store.missing():
+            raise UserError(f"{folder}: {len(missing)} of its {store.num_shards} shards are missing. Embed again.")
+        return cls(store, len(store))
 
     def __len__(self) -> int:
         return self.num_samples

@@ -4,5 +4,6 @@ MODES = {
     "fit": "train a head, measure it, write the run folder (default)",
     "evaluate": "measure a trained head: model=RUN, on its own or another task=",
     "predict": "model=RUN input=FILE_OR_FOLDER output=FOLDER: label maps and overlays",
+    "embed": "input=FILE_OR_FOLDER output=FOLDER: the features that a head would see",
 }
-PLANNED_MODES = ("export", "embed", "sweep", "doctor")
+PLANNED_MODES = ("export", "sweep", "doctor")

@@ -24,13 +24,13 @@ def main(cfg: DictConfig) -> None:
     """
     if cfg.input is None or cfg.output is None:
         raise UserError("mode=predict needs model=RUN, input=FILE_OR_FOLDER and output=FOLDER.")
-    images = _images(Path(cfg.input))
+    images = images_in(Path(cfg.input))
     output = Path(cfg.output)
     output.mkdir(parents=True, exist_ok=True)  # if it cannot be, say so before the work
     model = make_model(cfg).to("cuda" if torch.cuda.is_available() else "cpu")
     writer = family_of(cfg).writer(cfg, output, model.card)
     failed = []
-    for source, name in track(_names(images, Path(cfg.input)), description="predict", transient=True):
+    for source, name in track(named(images, Path(cfg.input)), description="predict", transient=True):
         try:
             pixels = read_image(source)
             prediction = model.predict(pixels)
@@ -45,7 +45,12 @@ def main(cfg: DictConfig) -> None:
             raise UserError(f"None of the {len(images)} files of {cfg.input} could be read:\n" + "\n".join(failed[:5]))
 
 
-def _images(source: Path) -> list[Path]:
+def images_in(source: Path) -> list[Path]:
+    """The image files that `input` names.
+
+    Raises:
+        UserError: nothing is there, or no image.
+    """
     if source.is_file():
         return [source]
     if not source.is_dir():
@@ -56,7 +61,7 @@ def _images(source: Path) -> list[Path]:
     return images
 
 
-def _names(images: list[Path], source: Path) -> list[tuple[Path, str]]:
+def named(images: list[Path], source: Path) -> list[tuple[Path, str]]:
     """Each image with its name below the output folder; files that differ in their suffix only keep it."""
     root = source if source.is_dir() else source.parent
     relative = [path.relative_to(root) for path in images]
