@@ -62,11 +62,11 @@ def make_parts(
         candidates = make_candidates(cfg, frozen, family.num_outputs(cfg))
     else:
         candidates = [measured_only(cfg, head) for head in heads]
-    loaded = with_features(cfg, loaded, frozen, [frozen.request(candidate.head) for candidate in candidates])
+    fed = with_features(cfg, loaded, frozen, [frozen.request(candidate.head) for candidate in candidates])
     data = DataModule(
-        train=loaded.train,
-        val=loaded.val,
-        test=loaded.test,
+        train=fed.train,
+        val=fed.val,
+        test=fed.test,
         batch_size=cfg.data.batch_size,
         eval_batch_size=cfg.data.eval_batch_size,
         num_workers=cfg.data.num_workers if cfg.cache.kind == "off" else 0,  # features are read at once
@@ -75,7 +75,7 @@ def make_parts(
         collate_eval=loaded.collate_eval,
         max_steps=cfg.trainer.max_steps,
     )
-    notes = list(loaded.notes)
+    notes = list(fed.notes)
     if is_random(cfg.backbone):
         notes.append("The backbone's weights are random: it has learnt nothing.")
     return Parts(family.module(cfg, loaded, frozen, candidates), data, loaded, family.conventions(cfg), notes)
