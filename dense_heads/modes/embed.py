@@ -14,7 +14,7 @@ from dense_heads.build.cache import files_digest
 from dense_heads.build.config import plain
 from dense_heads.build.heads import backbone
 from dense_heads.data.feature_store import FORMAT, CachedDataset
-from dense_heads.data.unlabelled import ImageFile, UnlabelledImages
+from dense_heads.data.image_files import ImageFile, UnlabelledImages
 from dense_heads.errors import UserError, unknown_name
 from dense_heads.models.artefact import MODELS
 from dense_heads.models.inference import Inference
