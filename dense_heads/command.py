@@ -66,8 +66,8 @@ def _print_help() -> None:
     width = max(len(name) for name in rows["task"]) + 2
     for name in rows.pop("task"):
         if name in families:
-            classes = " task.num_classes=K" if name == "segmentation" else ""
-            print(f"  {name:<{width}}(family) your own data: task={name} data.root=FOLDER{classes}")
+            needed = {"segmentation": " task.num_classes=K", "depth": " data.depth_scale=1000"}.get(name, "")
+            print(f"  {name:<{width}}(family) your own data: task={name} data.root=FOLDER{needed}")
         else:
             print(f"  {name:<{width}}{OmegaConf.load(TASKS_DIR / name / 'task.yaml').title}")
     for group, names in rows.items():

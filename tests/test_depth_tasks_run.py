@@ -121,7 +121,7 @@ def test_many_depth_heads_on_one_pass(tmp_path):
 @pytest.mark.parametrize(
     ("typed", "words"),
     [
-        (["task.data.depth.scale=1"], "scale"),
+        (["data.depth_scale=1"], "scale"),
         (["data.root=/nowhere"], "nowhere"),
         (["head=linear_depth", "head.range=hub"], "no released depth heads"),
         (["task.evaluation.crop=egen"], "eigen"),

@@ -32,7 +32,7 @@ from dense_heads.training.depth import DepthModule
 def load(cfg: DictConfig, check: bool) -> Loaded:
     """Images and depth maps of the task's splits."""
     reader, samples = read_samples(cfg)
-    rule = DepthRule(**plain(cfg.task.data.depth))
+    rule = DepthRule(cfg.data.depth_scale, **plain(cfg.task.data.depth))
     if check:
         check_depth(samples, rule, **plain(cfg.task.depth_range))
     train = None

@@ -123,9 +123,9 @@ def _scale_problem(
     fits = [scale for scale in _TRIED if scale != rule.scale and _plausible(units / scale, depth_range)]
     advice = f", such as {fits[0]}" if fits else ""
     yield (
-        f"{split}: median {np.median(depths):.4g} m: is task.data.depth.scale missing? It stands at {rule.scale:g} for "
+        f"{split}: median {np.median(depths):.4g} m: is data.depth_scale missing? It stands at {rule.scale:g} for "
         f"one metre, and {share} task.depth_range ({depth_range[0]:g} to {depth_range[1]:g} m). Set "
-        f"task.data.depth.scale to the files' units for one metre{advice} (1000 for millimetres, 1 for metres), or "
+        f"data.depth_scale to the files' units for one metre{advice} (1000 for millimetres, 1 for metres), or "
         "task.depth_range to the range that the scenes have"
     )
 

@@ -43,7 +43,7 @@ class DepthRule:
         """Refuse values that would turn every depth into nonsense."""
         if not _is_number(self.scale) or not (math.isfinite(self.scale) and self.scale > 0):
             raise UserError(
-                f"task.data.depth.scale is {self.scale!r}; expected units of the files for one metre, such as "
+                f"data.depth_scale is {self.scale!r}; expected units of the files for one metre, such as "
                 "1000 for millimetres or 1 for metres."
             )
         values = tuple(self.invalid) if isinstance(self.invalid, Sequence) else (self.invalid,)

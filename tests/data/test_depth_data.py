@@ -271,7 +271,7 @@ def test_a_forgotten_scale_is_found_with_the_one_that_fits(tmp_path):
     problems = checked(tmp_path, scale=1)
     assert len(problems) == 2
     depths = np.concatenate([np.array(Image.open(p)).ravel() for p in (tmp_path / "depth/training").iterdir()])
-    median = float(re.match(r"train: median (\d+(\.\d+)?) m: is task\.data\.depth\.scale missing\?", problems[0])[1])
+    median = float(re.match(r"train: median (\d+(\.\d+)?) m: is data\.depth_scale missing\?", problems[0])[1])
     assert abs(median - np.median(depths[depths > 0])) < 0.02 * median and 2000 < median < 5000
     assert "0 % of them are inside task.depth_range (0.001 to 10 m)" in problems[0] and ", such as 1000" in problems[0]
 

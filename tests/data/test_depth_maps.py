@@ -205,7 +205,7 @@ def test_without_the_library_exr_says_what_to_install(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("scale", [0, -1, float("nan"), float("inf"), "1000", None, True])
 def test_scale_is_checked(scale):
-    with pytest.raises(UserError, match=r"task\.data\.depth\.scale"):
+    with pytest.raises(UserError, match=r"data\.depth_scale"):
         DepthRule(scale)
 
 

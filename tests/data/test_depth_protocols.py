@@ -124,7 +124,10 @@ def test_evaluation(task, crop):
 )
 def test_files(task, reader, rule):
     cfg = composed(f"task={task}")
-    assert instantiate(cfg.task.data.format).func is reader and DepthRule(**cfg.task.data.depth) == rule
+    assert (
+        instantiate(cfg.task.data.format).func is reader
+        and DepthRule(cfg.data.depth_scale, **cfg.task.data.depth) == rule
+    )
 
 
 @pytest.mark.parametrize("task", PUBLISHED)

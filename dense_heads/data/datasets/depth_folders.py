@@ -62,7 +62,8 @@ class DepthFolders(PairedFolders):
             raise UserError(
                 f"No image in {place.images} has a depth map in {place.masks}: {shorten(list(images), 3)} beside "
                 f"{shorten(list(found), 3) or 'nothing'}. Expected equal names and one of the suffixes "
-                f"{' '.join(sorted(DEPTH_SUFFIXES))}; a common ending of the depth names can be given as depth_suffix."
+                f"{' '.join(sorted(DEPTH_SUFFIXES))}; a common ending of the depth names can be "
+                "given as +task.data.format.depth_suffix=ENDING."
             )
         if lonely:
             self._report_unpaired(sorted(lonely), place, suffix)
@@ -73,8 +74,8 @@ class DepthFolders(PairedFolders):
         found = f"{len(lonely)} files of {place.images} and {place.masks} have no partner{ending}: {shorten(lonely)}"
         if self.unpaired == "refuse":
             raise UserError(
-                f"{found}. Expected an image and a depth map of each name. Add or remove files, give depth_suffix, or "
-                "set unpaired=skip to leave them out."
+                f"{found}. Expected an image and a depth map of each name. Add or remove files, say the names' ending "
+                "with +task.data.format.depth_suffix=ENDING, or leave them out with +task.data.format.unpaired=skip."
             )
         self._notice(f"left out: {found}")
 

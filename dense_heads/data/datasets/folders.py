@@ -157,7 +157,7 @@ class PairedFolders:
             raise UserError(
                 f"No image in {place.images} has a mask in {place.masks}: {shorten(list(images), 3)} beside "
                 f"{shorten(list(_by_id(place.masks)), 3)}. Expected equal names; a common ending of the mask names can "
-                "be given as mask_suffix."
+                "be given as +task.data.format.mask_suffix=ENDING."
             )
         return self._listed(samples, place)
 
@@ -179,8 +179,8 @@ class PairedFolders:
         found = f"{len(lonely)} files of {place.images} and {place.masks} have no partner{ending}: {shorten(lonely)}"
         if self.unpaired == "refuse":
             raise UserError(
-                f"{found}. Expected an image and a mask of each name. Add or remove files, give mask_suffix, or set "
-                "unpaired=skip to leave them out."
+                f"{found}. Expected an image and a mask of each name. Add or remove files, say the names' ending with "
+                "+task.data.format.mask_suffix=ENDING, or leave them out with +task.data.format.unpaired=skip."
             )
         self._notice(f"left out: {found}")
 
