@@ -141,7 +141,8 @@ class Batch(TypedDict, total=False):
     views: list[list[View]]  # for each image its test scales, each (C, H, W); cached features stand here too
     features: Levels  # in training, in place of `image` where features come from the cache
     mask: Tensor | list[Tensor]  # (B, H, W) int64, IGNORE_INDEX where nothing is known
-    multilabel: Tensor  # (B, K, H, W)
+    multilabel: Tensor | list[Tensor]  # (B, K, H, W) int64 of 0, 1 and IGNORE_INDEX: labels that overlap
+    instances: list[Tensor]  # per image (H, W) int32, 0 background, 1..n objects
     depth_m: Tensor | list[Tensor]  # (B, H, W) float32 metres, 0 = no measurement
     boxes: list[Tensor]  # per image (n, 4) xyxy pixels
     labels: list[Tensor]  # per image (n,) int64
@@ -156,5 +157,6 @@ class Batch(TypedDict, total=False):
     path: list[str]
     case_id: list[str]
     slice_index: list[int]
-    spacing: Tensor
+    num_slices: list[int]  # of the case; 1 for an image
+    spacing: Tensor  # (B, 3) mm between slices, rows, columns
     affine: Tensor

@@ -45,7 +45,9 @@ def family_of(task):
 
 
 def with_option(group, option):
-    needed = ["task.num_classes=3", "data.root=data"] if (group, option) == ("task", "segmentation") else []
+    needed = (
+        ["task.num_classes=3", "data.root=data"] if group == "task" and option in ("segmentation", "medical") else []
+    )
     return composed(f"{group}={option}", *needed)
 
 

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from dense_heads.backbones.base import Backbone
+from dense_heads.backbones.channels import adapt_channels
 from dense_heads.backbones.download import fetch
 from dense_heads.backbones.formats import FORMATS, State, convert, huggingface_config
 from dense_heads.backbones.pixels import WITHOUT_NETWORK, Pixels
@@ -33,6 +34,7 @@ def load_backbone(
     seed: int = 0,
     patch_fit: str = "crop",
     in_channels: int = 3,
+    channel_weights: str = "mean",
     drop_path: float = 0.0,
     checkpointing: bool = False,
 ) -> Backbone:
@@ -45,7 +47,8 @@ def load_backbone(
             told apart by their keys.
         seed: of random weights; the global generator is not touched.
         patch_fit: what happens to images that are no multiple of the patch: a policy of `ops/pad.py`.
-        in_channels: channels of the images; other than 3 only with weights made for it, or random ones.
+        in_channels: channels of the images; weights made for another number are adapted, random ones made for it.
+        channel_weights: how they are adapted: `mean` or `sum` (`backbones/channels.py`).
         drop_path: rate of stochastic depth, where it is trained.
         checkpointing: saves memory where it is trained, by computing activations twice.
 
@@ -61,7 +64,7 @@ def load_backbone(
     if weights is None:
         return _build(spec, seed=seed, checkpointing=checkpointing, **options).eval()
     path = _locate(spec, weights)
-    state = read_weights(path)
+    state = adapt_channels(read_weights(path), in_channels, channel_weights)
     grid_size = _grid_size(state, path)
     vit = _build(spec, grid_size=grid_size, seed=None, checkpointing=checkpointing, **options)
     _check_state(state, vit.state_dict(), spec, path)

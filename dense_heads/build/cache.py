@@ -32,6 +32,10 @@ _NOT_OF_ITEMS = (
     "num_workers",
     "augment",
     "image_size",
+    "patients",
+    "folds",
+    "foreground",
+    "keep_mb",
 )
 
 

@@ -35,6 +35,30 @@ class Loaded:
     made_split: dict[str, list[str]] | None = None
     classes: Classes = field(kw_only=True)
     labels: LabelRule | None = None
+    support: Dataset[Any] | None = None  # training images as evaluation sees them, for heads without training
+    settings: dict[str, Any] = field(default_factory=dict)  # what the data decide of the family's model
+
+
+def make_reader(cfg: DictConfig, **more: Any) -> Any:
+    """The reader of the task's on-disk format.
+
+    Raises:
+        UserError: no `data.root`, or what the reader says of it.
+    """
+    if cfg.data.root is None:
+        raise UserError(f"data.root is not set, and task={cfg.task.name} knows no place. Set data.root=FOLDER.")
+    arguments: dict[str, Any] = {"root": cfg.data.root, "hint": cfg.task.data.how_to_get, **more}
+    return instantiate(cfg.task.data.format, _partial_=True)(**arguments)
+
+
+def kept_split(cfg: DictConfig) -> dict[str, list[str]] | None:
+    """What the run drew for itself is drawn no second time; None where it drew nothing from these data."""
+    run = own_run(cfg)
+    if run is None or not Path(run, SPLIT_FILE).is_file():
+        return None
+    kept = json.loads(Path(run, SPLIT_FILE).read_text(encoding="utf-8"))
+    split: dict[str, list[str]] = kept["split"]
+    return split if kept["root"] == str(Path(cfg.data.root).resolve()) else None
 
 
 def training_steps(cfg: DictConfig) -> dict[str, Any]:
@@ -49,15 +73,8 @@ def read_samples(cfg: DictConfig) -> tuple[Any, dict[str, Sequence[Any]]]:
     Raises:
         UserError: no `data.root`, or a split that this mode needs is not there.
     """
-    if cfg.data.root is None:
-        raise UserError(f"data.root is not set, and task={cfg.task.name} knows no place. Set data.root=FOLDER.")
-    arguments: dict[str, Any] = {"root": cfg.data.root, "hint": cfg.task.data.how_to_get}
-    run = own_run(cfg)
-    if run is not None and Path(run, SPLIT_FILE).is_file():  # what the run drew for itself is drawn no second time
-        kept = json.loads(Path(run, SPLIT_FILE).read_text(encoding="utf-8"))
-        if kept["root"] == str(Path(cfg.data.root).resolve()):
-            arguments["split"] = kept["split"]
-    reader = instantiate(cfg.task.data.format, _partial_=True)(**arguments)
+    kept = kept_split(cfg)
+    reader = make_reader(cfg, **({} if kept is None else {"split": kept}))
     needed = {"train", "val"} if cfg.mode == "fit" else {"val"}
     splits: tuple[Split, ...] = ("train", "val", "test")
     there = needed | set(reader.available())

@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 
 from dense_heads.build.config import plain
 from dense_heads.build.heads import backbone, head_arguments, make_head, option_of_grid
-from dense_heads.build.parts import Parts, family_of
+from dense_heads.build.parts import Parts, family_of, settings_of
 from dense_heads.errors import UserError
 from dense_heads.heads.base import Head
 from dense_heads.models.artefact import assemble, head_target, trained_head
@@ -26,7 +26,12 @@ def run_card(cfg: DictConfig, made: Parts, candidate: Candidate) -> Card:
     name = candidate.settings["head"] if in_grid else HydraConfig.get().runtime.choices["head"]
     labels = made.loaded.labels.settings() if made.loaded.labels else {}
     card = make_card(cfg, made.module.backbone, candidate.head, name, head_arguments(head_cfg))
-    return dataclasses.replace(card, labels=labels, overrides=list(HydraConfig.get().overrides.task))
+    return dataclasses.replace(
+        card,
+        labels=labels,
+        settings={**card.settings, **made.loaded.settings},
+        overrides=list(HydraConfig.get().overrides.task),
+    )
 
 
 def make_card(cfg: DictConfig, frozen: FrozenBackbone, head: Head, name: str, arguments: Mapping[str, Any]) -> Card:
@@ -47,6 +52,7 @@ def make_card(cfg: DictConfig, frozen: FrozenBackbone, head: Head, name: str, ar
         labels=family.labels(cfg),
         preprocessing={**plain(cfg.task.transforms.eval), "patch_fit": frozen.patch_fit},
         inference=plain(cfg.task.inference),
+        settings=settings_of(cfg),
         licence={"code": "Apache-2.0", "data": cfg.task.licence},
     )
 
@@ -67,8 +73,10 @@ def make_model(cfg: DictConfig) -> DenseModel:
         name = HydraConfig.get().runtime.choices["head"]
         head = make_head(cfg, cfg.head, name, frozen, family_of(cfg).num_outputs(cfg))
         return assemble(make_card(cfg, frozen, head, name, head_arguments(cfg.head)), frozen, head)
+    kept = read_card(Path(cfg.model))
     card = dataclasses.replace(
-        read_card(Path(cfg.model)),
+        kept,
+        settings={**kept.settings, **settings_of(cfg)},
         inference=plain(cfg.task.inference),
         preprocessing={**plain(cfg.task.transforms.eval), "patch_fit": frozen.patch_fit},
     )

@@ -1,29 +1,34 @@
 """A run before its trainer: the family's data and module on a frozen backbone."""
 
+import dataclasses
 import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 from omegaconf import DictConfig
+from torch.utils.data import Subset
 
-from dense_heads.build import depth, segmentation
+from dense_heads.build import depth, medical, segmentation
 from dense_heads.build.cache import resolve_cache, with_features
 from dense_heads.build.config import is_random
 from dense_heads.build.data import Loaded
 from dense_heads.build.heads import backbone, make_candidates, measured_only
+from dense_heads.build.support import all_training_free, chosen_support, refuse_unused_support
 from dense_heads.data.datamodule import DataModule
+from dense_heads.data.datasets.base import shorten
 from dense_heads.errors import UserError
 from dense_heads.heads.base import Head
 from dense_heads.models.dense import FrozenBackbone
-from dense_heads.training.base import DenseModule
+from dense_heads.training.base import Candidate, DenseModule
 
 log = logging.getLogger("dense_heads")
 
 # A family is a module with `load`, `module`, `num_outputs`, `classes`, `labels`, `pictures`, `writer`, `conventions`;
 # where there is something to say without looking at an image, also `blind`.
-FAMILIES: dict[str, ModuleType] = {"segmentation": segmentation, "depth": depth}
+FAMILIES: dict[str, ModuleType] = {"segmentation": segmentation, "depth": depth, "medical": medical}
 
 
 @dataclass
@@ -44,6 +49,12 @@ def family_of(cfg: DictConfig) -> ModuleType:
     return FAMILIES[cfg.task.family]
 
 
+def settings_of(cfg: DictConfig) -> dict[str, Any]:
+    """What only this family's model needs, for the card; nothing for most."""
+    settings = getattr(family_of(cfg), "settings", None)
+    return {} if settings is None else dict(settings(cfg))
+
+
 def make_parts(
     cfg: DictConfig, check: bool = True, heads: Sequence[Head] | None = None, frozen: FrozenBackbone | None = None
 ) -> Parts:
@@ -62,6 +73,12 @@ def make_parts(
         candidates = make_candidates(cfg, frozen, family.num_outputs(cfg))
     else:
         candidates = [measured_only(cfg, head) for head in heads]
+    looked: list[str] = []
+    if heads is None and all_training_free([candidate.head for candidate in candidates]):
+        loaded, note = _with_support(cfg, loaded, candidates)
+        looked.append(note)
+    elif heads is None:
+        refuse_unused_support(cfg)
     fed = with_features(cfg, loaded, frozen, [frozen.request(candidate.head) for candidate in candidates])
     data = DataModule(
         train=fed.train,
@@ -75,10 +92,20 @@ def make_parts(
         collate_eval=loaded.collate_eval,
         max_steps=cfg.trainer.max_steps,
     )
-    notes = list(fed.notes)
+    notes = [*fed.notes, *looked]
     if is_random(cfg.backbone):
         notes.append("The backbone's weights are random: it has learnt nothing.")
     return Parts(family.module(cfg, loaded, frozen, candidates), data, loaded, family.conventions(cfg), notes)
+
+
+def _with_support(cfg: DictConfig, loaded: Loaded, candidates: Sequence[Candidate]) -> tuple[Loaded, str]:
+    """The data with those training images only that the heads look at, none to train on; and a word on it."""
+    if loaded.support is None:
+        raise UserError(f"head={cfg.head.get('_target_')}: task={cfg.task.name} has no labelled images to look at.")
+    indices = chosen_support(cfg, loaded.support, [candidate.head for candidate in candidates])
+    names = [loaded.support.samples[index].image_id for index in indices]  # type: ignore[attr-defined]
+    note = f"not trained: {len(indices)} labelled images were looked at ({shorten(names, 20)})"
+    return dataclasses.replace(loaded, train=None, support=Subset(loaded.support, indices)), note
 
 
 def _resolve_length(cfg: DictConfig, num_images: int) -> None:

@@ -49,6 +49,7 @@ def load(cfg: DictConfig, check: bool) -> Loaded:
         made_split=getattr(reader, "made_split", None),
         classes=names,
         labels=rule,
+        support=SegmentationDataset(samples["train"], rule, transform, seed=cfg.seed) if samples["train"] else None,
     )
 
 

@@ -97,6 +97,10 @@ class LabelRule:
             if values <= greys:  # the classes' own colours happen to be greys
                 self._decide_colours(masks[0])
                 return
+        self.decide_ids(values)
+
+    def decide_ids(self, values: set[int]) -> None:
+        """Decide that masks hold ids, of which `values` occur: with two classes 0 and one other value are 0 and 1."""
         self.encoding = "ids"
         foreground = values - set(self.ignore) - {0}
         if self.num_classes == 2 and not self.map and not self.reduce_zero and len(foreground) == 1:

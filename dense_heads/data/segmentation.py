@@ -1,8 +1,11 @@
 """Images and masks as training and evaluation samples, and as batches."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, TypedDict
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -50,7 +53,7 @@ class SegmentationDataset(Dataset[SegmentationItem]):
         self.labels = labels
         self.transform = transform
         self.seed = seed
-        labels.prepare([sample.mask for sample in self.samples if sample.mask is not None])
+        labels.prepare(self.mask_files())
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -58,15 +61,13 @@ class SegmentationDataset(Dataset[SegmentationItem]):
     def __getitem__(self, key: Key) -> SegmentationItem:
         epoch, index = key if isinstance(key, tuple) else (0, key)
         sample = self.samples[index]
-        image = read_image(sample.image)
-        mask = None if sample.mask is None else self.labels.read(sample.mask)
-        if mask is not None and mask.shape != image.shape[:2]:
-            raise size_mismatch(sample, image.shape[:2], mask.shape)
+        image, mask = self.read(sample)
         item: SegmentationItem = {
             "image_id": sample.image_id,
             "path": str(sample.image),
-            "original_size": image.shape[:2],
+            "original_size": (int(image.shape[0]), int(image.shape[1])),
         }
+        self.describe(sample, item)
         try:
             if isinstance(self.transform, TrainPipeline):
                 self.transform.set_random_seed(stable_seed("augment", self.seed, epoch, index))
@@ -85,6 +86,21 @@ class SegmentationDataset(Dataset[SegmentationItem]):
         if target is not None:
             item["mask"] = target
         return item
+
+    def mask_files(self) -> list[Path]:
+        """What the decision on how labels are stored is made from."""
+        return [sample.mask for sample in self.samples if sample.mask is not None]
+
+    def read(self, sample: Sample) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64] | None]:
+        """Image (H, W, 3) uint8 and train ids (H, W)."""
+        image = read_image(sample.image)
+        mask = None if sample.mask is None else self.labels.read(sample.mask)
+        if mask is not None and mask.shape != image.shape[:2]:
+            raise size_mismatch(sample, image.shape[:2], mask.shape)
+        return image, mask
+
+    def describe(self, sample: Sample, item: SegmentationItem) -> None:
+        """Add to the item what a family knows of the sample."""
 
 
 def size_mismatch(sample: Sample, image_size: Sequence[int], mask_size: Sequence[int]) -> UserError:

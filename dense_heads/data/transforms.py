@@ -46,9 +46,16 @@ def rescale_size(size: Size, short_side: int, long_side: int | None = None) -> S
     return height, width
 
 
-def normalise(image: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-    """(H, W, 3) uint8 RGB as float32 with ImageNet's mean and standard deviation taken out."""
-    return (image.astype(np.float32) - _MEAN) / _STD
+def normalise(image: Array) -> npt.NDArray[np.float32]:
+    """(H, W, C) as float32 with ImageNet's mean and standard deviation taken out.
+
+    uint8, or floating point from 0 to 1. Three channels are RGB; any other number takes the mean over the colours.
+    """
+    values = image.astype(np.float32) * np.float32(255 if np.issubdtype(image.dtype, np.floating) else 1)
+    if image.shape[2] != 3:
+        normalised: npt.NDArray[np.float32] = (values - _MEAN.mean()) / _STD.mean()
+        return normalised
+    return (values - _MEAN) / _STD
 
 
 def to_tensor(image: npt.NDArray[np.float32]) -> Tensor:
@@ -262,8 +269,8 @@ class TrainPipeline:
             own = stable_seed(seed, name)
             step.set_random_state(np.random.default_rng(own), random.Random(own))
 
-    def __call__(self, image: npt.NDArray[np.uint8], mask: Array | None = None) -> tuple[Tensor, Tensor | None]:
-        """(H, W, 3) uint8 and (H, W) train ids -> (3, *size) float32 and (*size) int64."""
+    def __call__(self, image: Array, mask: Array | None = None) -> tuple[Tensor, Tensor | None]:
+        """(H, W, C) uint8 or 0..1, and (H, W) train ids -> (C, *size) float32 and (*size) int64."""
         if mask is None:
             return to_tensor(self._compose(image=image)["image"]), None
         out = self._compose(image=image, mask=mask.astype(np.uint8))  # 8 bits: ids are at most 255, OpenCV is quick
@@ -295,8 +302,8 @@ class EvalTransform:
         limits = [(max(1, int(short * s)), None if long is None else max(1, int(long * s))) for s in self.scales]
         return [rescale_size(size, *limit) for limit in limits]
 
-    def __call__(self, image: npt.NDArray[np.uint8]) -> list[Tensor]:
-        """(H, W, 3) uint8 -> for each scale a (3, h, w) float32 tensor."""
+    def __call__(self, image: Array) -> list[Tensor]:
+        """(H, W, C) uint8 or 0..1 -> for each scale a (C, h, w) float32 tensor."""
         return [to_tensor(normalise(_resize(image, size))) for size in self.sizes(image.shape[:2])]
 
 
@@ -304,7 +311,7 @@ def _resize(array: Array, size: Size, interpolation: int = cv2.INTER_LINEAR) -> 
     if array.shape[:2] == tuple(size):
         return array
     resized: Array = cv2.resize(array, (size[1], size[0]), interpolation=interpolation)
-    return resized
+    return resized[..., None] if resized.ndim < array.ndim else resized  # OpenCV drops a single channel
 
 
 def _table(alpha: float = 1.0, beta: float = 0.0) -> npt.NDArray[np.uint8]:

@@ -26,6 +26,7 @@ class Card:
     preprocessing: dict[str, Any]  # arguments of EvalTransform, and the patch fit
     inference: dict[str, Any]  # arguments of Inference
     licence: dict[str, str]
+    settings: dict[str, Any] = field(default_factory=dict)  # what only the family's model needs
     overrides: list[str] = field(default_factory=list)
     version: int = 1
 

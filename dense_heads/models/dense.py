@@ -3,6 +3,7 @@
 Freezing happens here and nowhere else: no gradient, `eval()` kept through `.train()`, nothing in a state dict.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from dense_heads.backbones.base import Backbone
 from dense_heads.backbones.zoo import resolve_blocks
 from dense_heads.data.images import read_image, to_uint8
+from dense_heads.data.inputs import Inputs, Pictures
 from dense_heads.data.transforms import EvalTransform
 from dense_heads.heads.base import Head
 from dense_heads.models.card import Card
@@ -97,6 +99,7 @@ class DenseModel(nn.Module):
     """Frozen backbone + one head + its card: what is trained, kept, loaded and used; a family adds `decode`."""
 
     transform_type: type[EvalTransform] = EvalTransform
+    inputs: Inputs = Pictures()  # what `mode=predict` finds and reads for it
 
     def __init__(self, backbone: FrozenBackbone, head: Head, card: Card) -> None:
         """`card` says how images are prepared and looked at; `transform` and `inference` may be changed after."""
@@ -115,6 +118,11 @@ class DenseModel(nn.Module):
         """The prediction (H, W) of one image at `size`, from its normalised test views, each (C, h, w)."""
         raise NotImplementedError
 
+    @property
+    def device(self) -> torch.device:
+        """Where the head is; one without training has buffers only."""
+        return next(itertools.chain(self.head.parameters(), self.head.buffers())).device
+
     @torch.inference_mode()
     def predict(self, image: Any) -> np.ndarray:
         """The prediction (H, W) at the image's own size: class ids int64, or metres float32.
@@ -125,7 +133,6 @@ class DenseModel(nn.Module):
             UserError: the image cannot be read.
         """
         pixels = read_image(image) if isinstance(image, str | Path) else to_uint8(image)
-        device = next(self.head.parameters()).device
-        views = [view.to(device) for view in self.transform(pixels)]
+        views = [view.to(self.device) for view in self.transform(pixels)]
         prediction: np.ndarray = self.decode(views, (int(pixels.shape[0]), int(pixels.shape[1]))).cpu().numpy()
         return prediction

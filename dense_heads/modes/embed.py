@@ -15,10 +15,10 @@ from dense_heads.build.config import plain
 from dense_heads.build.heads import backbone
 from dense_heads.data.feature_store import FORMAT, CachedDataset
 from dense_heads.data.image_files import ImageFile, UnlabelledImages
+from dense_heads.data.inputs import Pictures
 from dense_heads.errors import UserError, unknown_name
 from dense_heads.models.artefact import MODELS
 from dense_heads.models.inference import Inference
-from dense_heads.modes.predict import images_in, named
 from dense_heads.ops.files import replacing, write_atomically
 from dense_heads.structures import FeatureRequest
 from dense_heads.training.feature_cache import on_disk
@@ -43,7 +43,7 @@ def main(cfg: DictConfig) -> None:
     dtype = cfg.cache.dtype or "bfloat16"
     if dtype not in DTYPES:
         raise unknown_name("cache.dtype:", str(dtype), DTYPES)
-    names = named(images_in(Path(cfg.input)), Path(cfg.input))
+    names = Pictures().find(Path(cfg.input))
     samples = [ImageFile(name, path) for path, name in names]
     frozen = backbone(cfg)
     request = FeatureRequest(resolve_blocks(frozen.backbone.name, cfg.head.blocks), cfg.head.norm)

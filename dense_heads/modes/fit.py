@@ -7,23 +7,26 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
-from dense_heads.build.config import recomposed
+from dense_heads.build.config import plain, recomposed
 from dense_heads.build.data import keep_split
 from dense_heads.build.model import run_card
 from dense_heads.build.parts import Parts, make_parts
 from dense_heads.build.training import make_loggers, make_trainer
 from dense_heads.errors import UserError
 from dense_heads.models.artefact import save_artefact
+from dense_heads.models.inference import Inference
 from dense_heads.modes.folder import run_folder
 from dense_heads.modes.outcome import Measured, blind_scores, write_outcome
 from dense_heads.report.html import write_report
 from dense_heads.report.tables import print_tables
 from dense_heads.training.checkpoints import load_best, newest_checkpoint
 from dense_heads.training.loggers import MetricsCsv, finish_loggers
+from dense_heads.training.support import observe
 
 log = logging.getLogger("dense_heads")
 
@@ -44,9 +47,9 @@ def main(cfg: DictConfig) -> float:
     trainer = make_trainer(cfg, folder, parts, loggers)
     checkpoint = _checkpoint_to_resume(cfg, folder, loggers[0])
     training_started = time.monotonic()
-    trainer.fit(parts.module, parts.data, ckpt_path=checkpoint, weights_only=True)
+    learn(cfg, trainer, parts, checkpoint)
     seconds = {"train": time.monotonic() - training_started}
-    if cfg.task.protocol.select == "best":
+    if not parts.module.training_free and cfg.task.protocol.select == "best":
         trainer.strategy.barrier()
         load_best(parts.module, folder / "checkpoints")
         trainer.validate(parts.module, parts.data, verbose=False)  # ranks the candidates by what they are now
@@ -68,6 +71,16 @@ def main(cfg: DictConfig) -> float:
         print_tables(finals)
         log.info("report %s", folder / "report.html")
     return score
+
+
+def learn(cfg: DictConfig, trainer: Any, parts: Parts, checkpoint: Path | None = None) -> None:
+    """Train the heads; those that need no training look at their labelled images instead."""
+    if not parts.module.training_free:
+        trainer.fit(parts.module, parts.data, ckpt_path=checkpoint, weights_only=True)
+        return
+    assert parts.loaded.support is not None
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    observe(parts.module.to(device), parts.loaded.support, Inference(**plain(cfg.task.inference)))
 
 
 def measure(trainer: Any, parts: Parts) -> str:
@@ -111,7 +124,7 @@ def _baseline(cfg: DictConfig, notes: list[str]) -> dict[str, Any] | None:
             other.head.weights = None
         parts = make_parts(other, check=False)
         trainer = make_trainer(other, None, parts, [])
-        trainer.fit(parts.module, parts.data)
+        learn(other, trainer, parts)
         stage = measure(trainer, parts)
     except UserError as error:
         notes.append(f"The baseline {name} could not be measured: {error}")

@@ -1,7 +1,7 @@
 """Label maps in the data set's colours, and panels of image, label, prediction and errors."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +11,7 @@ from dense_heads.errors import UserError
 from dense_heads.report.sheet import Colour, Pixels, compose
 from dense_heads.structures import IGNORE_INDEX
 
+Value = TypeVar("Value", bound=np.generic)
 Mask = NDArray[np.integer[Any]]  # (H, W) class ids, IGNORE_INDEX where nothing is known
 
 WRONG = (222, 45, 38)
@@ -99,10 +100,10 @@ def segmentation_panel(
     canvas = np.full((size[1], size[0], 3), 255, np.uint8)
     shown = canvas if image is None else np.asarray(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS))
     alpha = 0.62 if image is not None else 1.0
-    grown_prediction = _grow(prediction, size)
+    grown_prediction = grow(prediction, size)
     tiles: list[tuple[str, Pixels]] = [] if image is None else [("image", shown)]
     if label is not None:
-        grown_label = _grow(label, size)
+        grown_label = grow(label, size)
         tiles.append(("label", _hatched(overlay(shown, grown_label, palette, alpha), grown_label)))
     tiles.append(("prediction", overlay(shown, grown_prediction, palette, alpha)))
     if label is not None:
@@ -119,11 +120,11 @@ def tile_layout(shape: Sequence[int]) -> tuple[tuple[int, int], int]:
     return (max(1, round(width * scale)), max(1, round(height * scale))), 2 if wide else 4
 
 
-def _grow(mask: Mask, size: tuple[int, int]) -> Mask:
+def grow(mask: NDArray[Value], size: tuple[int, int]) -> NDArray[Value]:
     """To the tile's (width, height) without mixing classes."""
     rows = np.arange(size[1]) * mask.shape[0] // size[1]
     columns = np.arange(size[0]) * mask.shape[1] // size[0]
-    grown: Mask = mask[rows[:, None], columns[None, :]]
+    grown: NDArray[Value] = mask[rows[:, None], columns[None, :]]
     return grown
 
 
@@ -144,10 +145,10 @@ def _error_tile(shown: Pixels, label: Mask, prediction: Mask, size: tuple[int, i
     wrong = counted & (label != prediction)
     grey = shown.astype(np.float32).mean(axis=2, keepdims=True).repeat(3, axis=2)
     tile = (0.45 * grey + 140).astype(np.uint8)
-    where = _grow(wrong.astype(np.uint8), size) > 0
+    where = grow(wrong.astype(np.uint8), size) > 0
     tile[where] = (0.25 * tile[where] + 0.75 * np.array(WRONG)).astype(np.uint8)
     share = f"{100 * wrong.sum() / counted.sum():.1f} % wrong" if counted.any() else "nothing labelled"
-    return f"errors ({share})", _hatched(tile, _grow(label, size))
+    return f"errors ({share})", _hatched(tile, grow(label, size))
 
 
 def _legend(

@@ -24,8 +24,8 @@ ASSUMED_VIEW = 60.0  # degrees from left to right, where no focal length is give
 class Writer(Protocol):
     """Writes the prediction of one image."""
 
-    def write(self, name: str, pixels: Pixels, prediction: NDArray[Any]) -> None:
-        """`name` is the image's path below the input folder, without suffix."""
+    def write(self, name: str, pixels: Any, prediction: NDArray[Any]) -> None:
+        """`pixels` is what the model saw, `name` the image's path below the input folder, without suffix."""
         ...
 
 
@@ -46,13 +46,20 @@ class LabelWriter:
 
     def write(self, name: str, pixels: Pixels, prediction: NDArray[Any]) -> None:
         """Both files."""
+        self.save("labels", name, self.label_map(prediction))
+        self.save("overlays", name, Image.fromarray(overlay(pixels, prediction, self.palette)))
+
+    def label_map(self, prediction: NDArray[Any]) -> Image.Image:
+        """Class ids as a picture in the classes' colours, or the data set's own values."""
         if self.rule is not None:
-            labels = Image.fromarray(self.rule.to_raw(prediction))
-        else:
-            labels = Image.fromarray(prediction.astype(np.uint8), mode="P")
-            labels.putpalette(self.palette.tobytes())
-        _save(self.output / "labels" / f"{name}.png", labels)
-        _save(self.output / "overlays" / f"{name}.png", Image.fromarray(overlay(pixels, prediction, self.palette)))
+            return Image.fromarray(self.rule.to_raw(prediction))
+        labels = Image.fromarray(prediction.astype(np.uint8), mode="P")
+        labels.putpalette(self.palette.tobytes())
+        return labels
+
+    def save(self, folder: str, name: str, picture: Image.Image) -> None:
+        """As PNG into a folder of the output."""
+        _save(self.output / folder / f"{name}.png", picture)
 
 
 class DepthWriter:

@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from dense_heads.errors import UserError, unknown_name
 from dense_heads.heads.base import Head
+from dense_heads.heads.training_free import TrainingFreeHead
 from dense_heads.models.dense import FrozenBackbone
 from dense_heads.ops.seeding import forked_rng, stable_seed
 from dense_heads.structures import Batch, Features, Levels
@@ -82,6 +83,11 @@ class DenseModule(pl.LightningModule):
         self.retired: dict[str, int] = {}  # candidate -> the step at which its loss or gradient was not finite
         self.results: dict[str, Result] = {}  # stage -> its latest
         self.requests = [backbone.request(candidate.head) for candidate in candidates]
+
+    @property
+    def training_free(self) -> bool:
+        """Whether its heads look at labelled images instead of learning from them."""
+        return all(isinstance(head, TrainingFreeHead) for head in self.heads)
 
     # What a family fills in.
 
@@ -212,7 +218,11 @@ class DenseModule(pl.LightningModule):
     def _evaluation_step(self, batch: Batch) -> dict[str, list[Tensor]]:
         predictions = self.predict(batch)
         self.count(predictions, batch)
-        return {"prediction": predictions[self.leader()]}
+        return {"prediction": self.drawn(predictions[self.leader()])}
+
+    def drawn(self, predictions: list[Tensor]) -> list[Tensor]:
+        """A candidate's predictions as pictures show them."""
+        return predictions
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, list[Tensor]]:
         """Predict and count; returns the leading candidate's predictions for the pictures."""

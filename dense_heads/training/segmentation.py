@@ -8,37 +8,50 @@ from torch import Tensor, nn
 from dense_heads.metrics.segmentation import SCORES, ConfusionMatrix, per_class, scores
 from dense_heads.models.inference import Inference
 from dense_heads.models.segmentor import label_maps
-from dense_heads.structures import Batch, Features
+from dense_heads.structures import Batch, Features, Size, View
 from dense_heads.training.base import Candidate, DenseModule
 
 
-class SegmentationModule(DenseModule):
-    """Trains and measures segmentation heads on a frozen backbone."""
+class LabelModule(DenseModule):
+    """What is the same wherever pixels get labels: how images are looked at, and the loss at label resolution."""
 
-    metric_names = SCORES
-
-    def __init__(
-        self, *args: Any, num_classes: int, inference: Inference, class_names: Sequence[str], **kwargs: Any
-    ) -> None:
-        """`inference`: windows and flips of validation and test; the rest is DenseModule's."""
+    def __init__(self, *args: Any, inference: Inference, class_names: Sequence[str], **kwargs: Any) -> None:
+        """`inference`: windows and flips of validation and test; `class_names`: of all outputs."""
         super().__init__(*args, **kwargs)
         self.inference = inference
         self.class_names = list(class_names)
-        self.confusion = nn.ModuleList(ConfusionMatrix(num_classes) for _ in self.candidates)
 
     def loss(self, candidate: Candidate, output: Tensor, features: Features, batch: Batch) -> Tensor:
         """The candidate's loss on logits brought to label resolution."""
-        mask = batch["mask"]
+        mask = self.labels(batch)
         assert isinstance(mask, Tensor)
         loss: Tensor = candidate.loss(self.backbone.at_image_size(output.float(), features), mask)
         return loss
 
+    def labels(self, batch: Batch) -> Tensor | list[Tensor]:
+        """Class ids (B, H, W), or where labels overlap (B, K, H, W)."""
+        return batch["mask"] if "mask" in batch else batch["multilabel"]
+
+    def looks(self, batch: Batch) -> tuple[Sequence[Sequence[View]], list[Size]]:
+        """For each image its views, and its label's own size."""
+        views = batch.get("views") or [[image] for image in batch["image"]]
+        return views, [(int(mask.shape[-2]), int(mask.shape[-1])) for mask in self.labels(batch)]
+
+
+class SegmentationModule(LabelModule):
+    """Trains and measures segmentation heads on a frozen backbone."""
+
+    metric_names = SCORES
+
+    def __init__(self, *args: Any, num_classes: int, **kwargs: Any) -> None:
+        """As LabelModule."""
+        super().__init__(*args, **kwargs)
+        self.confusion = nn.ModuleList(ConfusionMatrix(num_classes) for _ in self.candidates)
+
     def predict(self, batch: Batch) -> list[list[Tensor]]:
         """Label maps (H, W) int64, each at its label's own size."""
-        views = batch.get("views") or [[image] for image in batch["image"]]
-        sizes = [(int(mask.shape[-2]), int(mask.shape[-1])) for mask in batch["mask"]]
         heads = [candidate.head for candidate in self.candidates]
-        return label_maps(self.backbone, heads, views, sizes, self.inference)
+        return label_maps(self.backbone, heads, *self.looks(batch), self.inference)
 
     def reset_metrics(self) -> None:
         """Empty confusion matrices."""

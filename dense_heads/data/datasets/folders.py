@@ -136,8 +136,16 @@ class PairedFolders:
         }
         return lists or {"train": plain}
 
+    def find_images(self, folder: Path) -> dict[str, Path]:
+        """Images of a folder by id."""
+        return _by_id(folder)
+
+    def find_masks(self, folder: Path) -> dict[str, Path]:
+        """Masks of a folder by id, before a common ending is taken off."""
+        return _by_id(folder)
+
     def _pair(self, place: _Place, split: str) -> list[Sample]:
-        images = _by_id(place.images)
+        images = self.find_images(place.images)
         if not images:
             raise UserError(f"{place.images}: no images in this folder.\nExpected this layout:\n{self._layout()}")
         if not place.masks.is_dir():
@@ -145,7 +153,7 @@ class PairedFolders:
                 self._notice(f"the test split has no masks ({place.masks} does not exist): it can only be predicted")
                 return self._listed([Sample(i, path) for i, path in images.items()], place)
             raise missing_data(place.masks, self._layout(), self.hint)
-        masks = _by_id(place.masks)
+        masks = self.find_masks(place.masks)
         suffix = self._suffix(images, masks)
         masks = {i.removesuffix(suffix): path for i, path in masks.items() if i.endswith(suffix)}
         lonely = [str(images[i]) for i in images.keys() - masks.keys()]
@@ -156,8 +164,8 @@ class PairedFolders:
         if not samples:
             raise UserError(
                 f"No image in {place.images} has a mask in {place.masks}: {shorten(list(images), 3)} beside "
-                f"{shorten(list(_by_id(place.masks)), 3)}. Expected equal names; a common ending of the mask names can "
-                "be given as +task.data.format.mask_suffix=ENDING."
+                f"{shorten(list(self.find_masks(place.masks)), 3)}. Expected equal names; a common ending of the mask "
+                "names can be given as +task.data.format.mask_suffix=ENDING."
             )
         return self._listed(samples, place)
 
@@ -206,7 +214,7 @@ class PairedFolders:
             )
         return [by_id[i] for i in sorted(set(ids))]
 
-    def _draw_split(self) -> dict[str, list[str]]:
+    def _draw_split(self) -> dict[str, list[str]] | None:
         ids = [sample.image_id for sample in self._pair(self.places["train"], "train")]
         if len(ids) < 2:
             raise UserError(f"{self.root}: {len(ids)} image; expected at least 2, one to train and one to validate.")

@@ -1,0 +1,95 @@
+"""The medical family: volumes and images, split by patient, measured case by case."""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from PIL.Image import Image
+
+from dense_heads.build.config import plain
+from dense_heads.build.data import Loaded
+from dense_heads.build.medical_data import classes, cut, has_volumes, label_rule, load, objects
+from dense_heads.metrics.cases import Protocol
+from dense_heads.metrics.medical import conventions as counted
+from dense_heads.models.card import Card
+from dense_heads.models.dense import FrozenBackbone
+from dense_heads.models.inference import Inference
+from dense_heads.report.medical_predictions import ContourWriter, VolumeWriter
+from dense_heads.report.panel import segmentation_panel
+from dense_heads.report.predictions import Writer
+from dense_heads.training.base import Candidate
+from dense_heads.training.medical import MedicalModule
+
+__all__ = ["classes", "load"]  # of the family's functions these two stand in `medical_data`
+
+
+def module(cfg: DictConfig, loaded: Loaded, frozen: FrozenBackbone, candidates: Sequence[Candidate]) -> MedicalModule:
+    """The LightningModule."""
+    return MedicalModule(
+        frozen,
+        candidates,
+        instantiate(cfg.optim.optimizer),
+        primary=cfg.task.metrics.primary,
+        direction=cfg.task.metrics.direction,
+        seed=cfg.seed,
+        inference=Inference(**plain(cfg.task.inference)),
+        class_names=loaded.classes.names,
+        protocol=_protocol(cfg),
+    )
+
+
+def num_outputs(cfg: DictConfig) -> int:
+    """One channel for each class; with objects one more for their borders."""
+    separate = objects(cfg)
+    return int(cfg.task.num_classes) if separate is None else separate.num_outputs
+
+
+def pictures(loaded: Loaded) -> dict[str, Any]:
+    """What the picture callback needs: how a prediction is drawn beside its label."""
+    names, colours = loaded.classes.names, loaded.classes.colours
+
+    def panel(image: Any, label: Any, prediction: Any, title: str) -> Image:
+        return segmentation_panel(image, label, prediction, colours, names, title)
+
+    return {"panel": panel, "label_key": "mask"}
+
+
+def writer(cfg: DictConfig, output: Path, card: Card) -> Writer:
+    """Writes predictions as label maps: NIfTI of volumes, PNG of images; and pictures with outlines."""
+    images = ContourWriter(output, card, ids=cfg.output_ids)  # refuses ids that there are not
+    return VolumeWriter(output, card, cut(cfg), ids=cfg.output_ids) if has_volumes(cfg) else images
+
+
+def conventions(cfg: DictConfig) -> str:
+    """How the metrics are counted."""
+    protocol = _protocol(cfg)
+    return counted(protocol.unit, protocol.tolerance, protocol.objects is not None)
+
+
+def labels(cfg: DictConfig) -> dict[str, Any]:
+    """How raw label values become classes, as arguments of LabelRule."""
+    return label_rule(cfg).settings()
+
+
+def settings(cfg: DictConfig) -> dict[str, Any]:
+    """What MedicalSegmentor needs beyond what all models do."""
+    separate = objects(cfg)
+    return {
+        "multilabel": bool(cfg.task.multilabel),
+        "cut": dataclasses.asdict(cut(cfg)) if has_volumes(cfg) else None,
+        "objects": None if separate is None else dataclasses.asdict(separate),
+    }
+
+
+def _protocol(cfg: DictConfig) -> Protocol:
+    in_mm = has_volumes(cfg) or cfg.task.data.pixel_mm is not None
+    return Protocol(
+        num_classes=cfg.task.num_classes,
+        multilabel=bool(cfg.task.multilabel),
+        tolerance=cfg.task.evaluation.tolerance,
+        unit="mm" if in_mm else "px",
+        objects=objects(cfg),
+    )

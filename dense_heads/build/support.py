@@ -1,0 +1,78 @@
+"""Which labelled images a training-free head looks at."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from omegaconf import DictConfig, OmegaConf
+
+from dense_heads.data.datasets.base import shorten
+from dense_heads.errors import UserError
+from dense_heads.heads.base import Head
+from dense_heads.heads.training_free import TrainingFreeHead
+from dense_heads.ops.seeding import stable_seed
+
+
+def all_training_free(heads: Sequence[Head]) -> bool:
+    """Whether the heads look instead of learn.
+
+    Raises:
+        UserError: some do and some do not; they cannot share a run.
+    """
+    free = [isinstance(head, TrainingFreeHead) for head in heads]
+    if any(free) and not all(free):
+        raise UserError("head=grid holds heads with and without training; expected one kind. Run them one by one.")
+    return all(free)
+
+
+def refuse_unused_support(cfg: DictConfig) -> None:
+    """`support` means nothing to heads that are trained.
+
+    Raises:
+        UserError: it is set.
+    """
+    if cfg.support is not None:
+        raise UserError(
+            "support is set, but the head is trained on the whole training split. Use head=prototype or "
+            "head=patch_knn, or leave support out."
+        )
+
+
+def chosen_support(cfg: DictConfig, dataset: Any, heads: Sequence[Head]) -> list[int]:
+    """Indices of the support in the data set of training images.
+
+    `support=N` draws N by the run's seed, of images with foreground where that is known; a list names images (or whole
+    cases); nothing takes what the heads ask for by themselves.
+
+    Raises:
+        UserError: another form, more than there are, or a name that is not there.
+    """
+    wanted = OmegaConf.to_container(cfg.support) if OmegaConf.is_config(cfg.support) else cfg.support
+    if wanted is None:
+        asked = [head.default_support for head in heads if isinstance(head, TrainingFreeHead)]
+        wanted = None if None in asked else max(number for number in asked if number is not None)
+    samples = list(dataset.samples)
+    if wanted is None:
+        return list(range(len(samples)))
+    if isinstance(wanted, int) and not isinstance(wanted, bool):
+        foreground = getattr(dataset, "foreground", None)
+        able = list(range(len(samples))) if foreground is None else np.flatnonzero(foreground()).tolist()
+        if not 1 <= wanted:
+            raise UserError(f"support={wanted}; expected a number of images from 1 on, or a list of their names.")
+        rng = np.random.default_rng(stable_seed("support", cfg.seed))
+        return sorted(rng.permutation(able)[:wanted].tolist())
+    if not isinstance(wanted, list) or not wanted:
+        raise UserError(f"support={wanted!r}; expected a number of images, or a list of their names: support=[ID,ID].")
+    return [index for name in wanted for index in _named(str(name), samples)]
+
+
+def _named(name: str, samples: Sequence[Any]) -> list[int]:
+    """The image of that name, or all images of that case."""
+    found = [index for index, sample in enumerate(samples) if sample.image_id == name]
+    found = found or [i for i, s in enumerate(samples) if hasattr(s, "case") and s.case.image_id == name]
+    if not found:
+        raise UserError(
+            f"support names {name!r}, which is no training image. There are {len(samples)}: "
+            f"{shorten([sample.image_id for sample in samples])}."
+        )
+    return found

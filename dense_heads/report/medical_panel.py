@@ -1,0 +1,143 @@
+"""Contours over grey images, and volumes as sheets of slices."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from dense_heads.report.panel import grow
+from dense_heads.report.sheet import Colour, Pixels, compose
+from dense_heads.structures import IGNORE_INDEX
+
+Labels = NDArray[np.integer[Any]]  # (H, W) or (S, H, W) class ids; with several labels (K, ...) of 0 and 1
+
+LABEL = (255, 255, 255)  # outlines of what experts drew
+TILE = 210  # pixels, the longer side of a slice on a sheet
+MOST_SLICES = 12
+
+
+def outlined(image: Pixels, masks: Sequence[NDArray[np.bool_]], colours: Sequence[Colour], width: int = 1) -> Pixels:
+    """The image (H, W, 3) with the outline of each mask (H, W), drawn inside it, `width` pixels wide."""
+    drawn = image
+    for mask, colour in zip(masks, colours, strict=True):
+        drawn = outlined_objects(drawn, mask.astype(np.uint8), colour, width)
+    return drawn
+
+
+def outlined_objects(image: Pixels, objects: Labels, colour: Colour, width: int = 1) -> Pixels:
+    """The image (H, W, 3) with the outline of each object (H, W; 0 is none), also between two that touch."""
+    inner = np.where(objects > 0, objects.astype(np.int64), -1)
+    for _ in range(width):
+        around = np.pad(inner, 1, constant_values=-1)
+        same = [around[:-2, 1:-1], around[2:, 1:-1], around[1:-1, :-2], around[1:-1, 2:]]
+        inner = np.where(np.all([neighbour == inner for neighbour in same], axis=0), inner, -1)
+    drawn = image.copy()
+    drawn[(objects > 0) & (inner < 0)] = colour
+    return drawn
+
+
+def class_masks(labels: Labels, num_classes: int, multilabel: bool) -> list[NDArray[np.bool_]]:
+    """One mask for each class that is drawn: all but the background, or each of several labels."""
+    if multilabel:
+        return [labels[index] == 1 for index in range(num_classes)]
+    return [labels == index for index in range(1, num_classes)]
+
+
+def contour_panel(
+    image: Pixels,
+    label: Labels | None,
+    prediction: Labels,
+    palette: Pixels,
+    class_names: Sequence[str],
+    title: str = "",
+    multilabel: bool = False,
+) -> Image.Image:
+    """Image | label | prediction | both: outlines in the classes' colours, and over each other for comparison.
+
+    Args:
+        image: RGB (H, W, 3) uint8.
+        label: class ids (H, W), with several labels (K, H, W); None where nothing is known.
+        prediction: the same.
+        palette: RGB of each class, (K, 3).
+        class_names: K names.
+        title: one line above the tiles.
+        multilabel: whether pixels can have several labels.
+    """
+    height, width = image.shape[:2]
+    scale = min(420 / height, 420 / width, 8.0)
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    shown = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS))
+    colours = drawn_colours(palette, multilabel)
+    found = [grow(mask, size) for mask in class_masks(prediction, len(palette), multilabel)]
+    tiles = [("image", shown)]
+    if label is not None:
+        known = [grow(mask, size) for mask in class_masks(label, len(palette), multilabel)]
+        tiles.append(("label", outlined(shown, known, colours, 2)))
+    tiles.append(("prediction", outlined(shown, found, colours, 2)))
+    if label is not None:
+        both = outlined(shown, found, colours, 2)
+        tiles.append(("prediction, label in white", outlined(both, known, [LABEL] * len(known))))
+    return compose(tiles, 2, legend(palette, class_names, multilabel), title)
+
+
+def montage(
+    grey: NDArray[np.floating[Any]],
+    label: Labels | None,
+    prediction: Labels,
+    palette: Pixels,
+    class_names: Sequence[str],
+    title: str = "",
+    multilabel: bool = False,
+) -> Image.Image:
+    """Slices of a volume with outlines: the prediction in the classes' colours, the label in white.
+
+    Args:
+        grey: (S, H, W), 0 to 1.
+        label: class ids (S, H, W), with several labels (K, S, H, W); None where nothing is known.
+        prediction: the same.
+        palette: RGB of each class, (K, 3).
+        class_names: K names.
+        title: one line above the slices.
+        multilabel: whether voxels can have several labels.
+    """
+    found = class_masks(prediction, len(palette), multilabel)
+    known = [] if label is None else class_masks(label, len(palette), multilabel)
+    chosen = chosen_slices(np.any(np.stack([*found, *known]), axis=0))
+    height, width = grey.shape[1:]
+    scale = min(TILE / max(height, width), 8.0)
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    colours = drawn_colours(palette, multilabel)
+    tiles = []
+    for index in chosen:
+        plane = np.repeat((255 * grey[index, ..., None]).round().astype(np.uint8), 3, axis=2)
+        shown = np.asarray(Image.fromarray(plane).resize(size, Image.Resampling.BICUBIC))
+        shown = outlined(shown, [grow(mask[index], size) for mask in found], colours, 2)
+        shown = outlined(shown, [grow(mask[index], size) for mask in known], [LABEL] * len(known))
+        tiles.append((f"slice {index}", shown))
+    entries = legend(palette, class_names, multilabel)
+    return compose(tiles, 6, [*entries, *([("label", LABEL)] if known else [])], title)
+
+
+def chosen_slices(occupied: NDArray[np.bool_]) -> list[int]:
+    """At most 12 slices, spread over those with something on them; of an empty volume over all of it."""
+    on = np.flatnonzero(occupied.any(axis=(1, 2)))
+    first, last = (int(on[0]), int(on[-1])) if len(on) else (0, len(occupied) - 1)
+    return sorted(set(np.linspace(first, last, MOST_SLICES).round().astype(int).tolist()))
+
+
+def drawn_colours(palette: Pixels, multilabel: bool) -> list[Colour]:
+    """The colours of `class_masks`."""
+    return [(int(r), int(g), int(b)) for r, g, b in palette[0 if multilabel else 1 :]]
+
+
+def legend(palette: Pixels, class_names: Sequence[str], multilabel: bool) -> list[tuple[str, Colour | None]]:
+    """Name and colour of each class that is drawn."""
+    names = list(class_names)[0 if multilabel else 1 :]
+    return list(zip(names, drawn_colours(palette, multilabel), strict=True))
+
+
+def without_ignored(labels: Labels) -> Labels:
+    """Ignored pixels as background, for drawing."""
+    return np.where(labels == IGNORE_INDEX, 0, labels)

@@ -1,0 +1,223 @@
+"""Medical segmentation through the real command: volumes and images, folds, every verb, and a user's mistakes."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import dense_heads
+from dense_heads.__main__ import main
+from tests.factories import fake_pair, save
+from tests.volumes import affine_of, fake_volume, make_decathlon, make_nnunet, save_dicom, save_nifti
+
+nibabel = pytest.importorskip("nibabel")
+
+TINY = ["backbone=vitn14_reg", "backbone.weights=null", "debug=fast", "trainer.accelerator=cpu", "data.batch_size=2"]
+SMALL = ["data.image_size=56", "trainer.limit_val_batches=1.0"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def fake_cells(size=(60, 70), seed=0):
+    """A grey picture of bright discs, their mask and their numbers."""
+    rng = np.random.default_rng(seed)
+    rows, columns = np.indices(size)
+    objects = np.zeros(size, np.uint16)
+    for number in range(1, 9):
+        y, x, r = rng.integers(5, size[0] - 5), rng.integers(5, size[1] - 5), rng.integers(4, 9)
+        objects[(rows - y) ** 2 + (columns - x) ** 2 < r**2] = number
+    grey = np.where(objects > 0, 170, 40) + rng.normal(0, 8, size)
+    present = np.unique(objects)
+    return grey.clip(0, 255).astype(np.uint8), np.searchsorted(present, objects).astype(np.uint16)
+
+
+def make_cells(root, train=3, val=2):
+    for split, first, num in (("training", 0, train), ("validation", 100, val)):
+        for i in range(first, first + num):
+            grey, objects = fake_cells(seed=i)
+            save(root / "images" / split / f"cell{i:03d}.png", grey)
+            save(root / "annotations" / split / f"cell{i:03d}.png", (objects > 0).astype(np.uint8))
+            save(root / "instances" / split / f"cell{i:03d}.png", objects)
+    return root
+
+
+def make_vessels(root, train=2, val=1):
+    for split, first, num in (("training", 1, train), ("validation", 50, val)):
+        for child in range(first, first + num):
+            for eye in "LR":
+                image, mask = fake_pair(child + 7 * (eye == "R"), size=(60, 64), num_classes=2)
+                image[:4] = 0  # what the camera did not see
+                save(root / "images" / split / f"Image_{child:02d}{eye}.png", image)
+                save(root / "annotations" / split / f"Image_{child:02d}{eye}.png", mask)
+    return root
+
+
+TASKS = {
+    "hippocampus": (make_decathlon, []),
+    "nuclei_medical": (make_cells, ["task.transforms.eval.short_side=60"]),
+    "chasedb1": (make_vessels, ["task.transforms.eval.short_side=80", "task.inference={window: 56, stride: 42}"]),
+}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Task -> (run folder, data), trained on first use."""
+    made = {}
+
+    def run(task):
+        if task not in made:
+            folder = tmp_path_factory.mktemp(task)
+            make, own = TASKS[task]
+            root = make(folder / "data")
+            assert main([f"task={task}", *TINY, *SMALL, *own, f"data.root={root}", f"run_dir={folder / 'run'}"]) == 0
+            made[task] = folder / "run", root
+        return made[task]
+
+    return run
+
+
+def read_json(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_is_trained_measured_and_measured_again_alike(runs, task):
+    run, _ = runs(task)
+    found = read_json(run / "metrics.json")
+    unit = "mm" if task == "hippocampus" else "px"
+    assert found["family"] == "medical" and found["primary"] == "val/dice" and found["direction"] == "max"
+    assert 0 <= found["metrics"]["val/dice"] <= 1 and f"val/hd95_{unit}" in found["metrics"]
+    assert ("val/aji" in found["metrics"]) == (task == "nuclei_medical")
+    assert "bootstrap" in found["conventions"] and (run / "report.html").stat().st_size > 1000
+    assert list((run / "pictures" / "val").glob("*.png"))
+    assert main(["mode=evaluate", f"model={run}"]) == 0
+    (again,) = (run / "evaluate").iterdir()
+    assert read_json(again / "metrics.json")["metrics"] == found["metrics"]
+
+
+def test_a_predicted_volume_lies_over_its_input_whatever_the_axes_of_the_file(runs, tmp_path):
+    """The same head in permuted, flipped and anisotropic files: the same labels at the same places."""
+    run, _ = runs("hippocampus")
+    grey, _ = fake_volume(9, (12, 14, 10))
+    straight = save_nifti(tmp_path / "in" / "ras.nii.gz", grey, affine_of((1, 1.5, 3)))
+    image = nibabel.load(straight)
+    for axes in ("LPI", "SRA", "PIL"):
+        turn = nibabel.orientations.ornt_transform(
+            nibabel.io_orientation(image.affine), nibabel.orientations.axcodes2ornt(axes)
+        )  # fmt: skip
+        nibabel.save(image.as_reoriented(turn), tmp_path / "in" / f"{axes.lower()}.nii")
+    out = tmp_path / "out"
+    assert main(["mode=predict", f"model={run}", f"input={tmp_path / 'in'}", f"output={out}"]) == 0
+    found = {}
+    for source in sorted((tmp_path / "in").iterdir()):
+        name = source.name.partition(".")[0]
+        theirs, ours = nibabel.load(source), nibabel.load(out / "labels" / f"{name}.nii.gz")
+        assert ours.shape == theirs.shape and nibabel.aff2axcodes(ours.affine) == nibabel.aff2axcodes(theirs.affine)
+        np.testing.assert_array_equal(ours.affine, theirs.affine)
+        found[name] = np.asarray(nibabel.as_closest_canonical(ours).dataobj)
+        assert (out / "montages" / f"{name}.png").stat().st_size
+        labels = dense_heads.load_model(run).predict(source)
+        np.testing.assert_array_equal(labels, np.asarray(ours.dataobj))
+    assert len(np.unique(found["ras"])) > 1
+    for name, labels in found.items():
+        np.testing.assert_array_equal(labels, found["ras"], err_msg=name)
+
+
+def test_a_dicom_series_is_predicted_as_nifti(runs, tmp_path):
+    run, _ = runs("hippocampus")
+    series = save_dicom(tmp_path / "in" / "scan", fake_volume(3)[0] % 500)
+    assert main(["mode=predict", f"model={run}", f"input={series}", f"output={tmp_path / 'out'}"]) == 0
+    labels = nibabel.load(tmp_path / "out" / "labels" / "scan.nii.gz")
+    assert labels.shape == (14, 16, 12) and nibabel.aff2axcodes(labels.affine) == ("L", "P", "S")
+
+
+def test_objects_are_predicted_one_by_one(runs, tmp_path):
+    run, root = runs("nuclei_medical")
+    source = sorted((root / "images" / "validation").iterdir())[0]
+    assert main(["mode=predict", f"model={run}", f"input={source}", f"output={tmp_path}"]) == 0
+    objects = np.array(Image.open(tmp_path / "objects" / f"{source.stem}.png"))
+    labels = np.array(Image.open(tmp_path / "labels" / f"{source.stem}.png"))
+    np.testing.assert_array_equal(objects > 0, labels == 1)
+    np.testing.assert_array_equal(objects, dense_heads.load_model(run).predict(source))
+    assert Image.open(tmp_path / "overlays" / f"{source.stem}.png").size == Image.open(source).size
+
+
+def test_own_data_in_nnunets_layout_with_two_modalities(tmp_path):
+    root, run = make_nnunet(tmp_path / "data"), tmp_path / "run"
+    typed = ["task=medical", "task.num_classes=3", *TINY, *SMALL, f"data.root={root}", f"run_dir={run}"]
+    assert main(typed) == 2  # two modalities, three channels
+    assert main([*typed, "backbone.in_channels=2", "fold=1"]) == 0
+    assert any("fold 1 of 5" in note for note in read_json(run / "metrics.json")["notes"])
+    inputs = root / "imagesTs"
+    assert main(["mode=predict", f"model={run}", f"input={inputs}", f"output={tmp_path / 'out'}"]) == 0
+    assert [path.name for path in (tmp_path / "out" / "labels").iterdir()] == ["pat_100.nii.gz"]
+    assert main(["mode=evaluate", f"model={run}"]) == 0
+
+
+@pytest.mark.parametrize("head", ["prototype", "patch_knn"])
+def test_heads_without_training_look_at_their_support(tmp_path, head):
+    root, run = make_decathlon(tmp_path / "data"), tmp_path / "run"
+    typed = ["task=hippocampus", *TINY, *SMALL, f"head={head}", f"data.root={root}"]
+    assert main([*typed, "support=3", f"run_dir={run}"]) == 0
+    found = read_json(run / "metrics.json")
+    assert found["steps"] == 0 and any("3 labelled images" in note for note in found["notes"])
+    assert main(["mode=evaluate", f"model={run}"]) == 0
+    (again,) = (run / "evaluate").iterdir()
+    assert read_json(again / "metrics.json")["metrics"] == found["metrics"]
+    volume = root / "imagesTr" / "case_100.nii.gz"
+    assert dense_heads.load_model(run).predict(volume).shape == (14, 16, 12)
+    named = tmp_path / "named"
+    assert main([*typed, "support=[case_000,case_001_004]", f"run_dir={named}"]) == 0
+    assert any("13 labelled images" in note for note in read_json(named / "metrics.json")["notes"])
+    assert main([*typed, "support=[nobody]", f"run_dir={tmp_path / 'x'}"]) == 2
+
+
+def spoilt(root, how):
+    """A data set in which something is wrong; the file that must be named."""
+    image, label = root / "imagesTr" / "case_001.nii.gz", root / "labelsTr" / "case_001.nii.gz"
+    grey, ids = fake_volume(1)
+    if how == "cut":
+        image.write_bytes(image.read_bytes()[:-2000])
+        return image
+    if how == "shape":
+        return save_nifti(label, ids[:-1])
+    if how == "affine":
+        return save_nifti(label, ids, affine_of(axes="LAS"))
+    if how == "value":
+        return save_nifti(label, np.where(ids == 2, 7, ids).astype(np.uint8))
+    return save_nifti(image, np.full_like(grey, np.nan))
+
+
+@pytest.mark.parametrize("how", ["cut", "shape", "affine", "value", "nan"])
+def test_a_broken_volume_is_named_before_training(tmp_path, capsys, how):
+    root = make_decathlon(tmp_path / "data")
+    path = spoilt(root, how)
+    run = tmp_path / "run"
+    assert main(["task=hippocampus", *TINY, *SMALL, f"data.root={root}", f"run_dir={run}"]) == 2
+    assert str(path) in capsys.readouterr().err and not run.exists()
+
+
+@pytest.mark.parametrize(
+    ("typed", "words"),
+    [
+        (["task.data.patients.pattern='case_..(.)'"], "patient 0: case_000"),
+        (["task.data.patients.pattern='patient_(.)'"], "does not match"),
+        (["fold=7"], "0 to 4"),
+        (["task.data.plane=axle"], "axial"),
+        (["task.data.slices=3d"], "2.5d"),
+        (["support=5"], "head=prototype"),
+        (["task.data.kind=films"], "volumes"),
+    ],
+)
+def test_mistakes_end_before_training(tmp_path, capsys, typed, words):
+    root = make_decathlon(tmp_path / "data")
+    assert main(["task=hippocampus", *TINY, *SMALL, f"data.root={root}", f"run_dir={tmp_path / 'run'}", *typed]) == 2
+    assert words in capsys.readouterr().err and not (tmp_path / "run").exists()
