@@ -6,4 +6,6 @@ is removed afterwards.
 
 PARTS = {  # module of this room -> what it measures
     "backbone": "backbone forward against transformers, timm and, where installed, the original code",
+    "epochs": "an epoch and the way to the final head: cache off, cold, warm",
+    "grid": "a grid of 12 heads against 12 runs",
 }

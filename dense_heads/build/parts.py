@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -40,6 +41,7 @@ class Parts:
     loaded: Loaded
     conventions: str
     notes: list[str]  # said in the report
+    feature_seconds: float = 0.0  # until all cached features were there
 
 
 def family_of(cfg: DictConfig) -> ModuleType:
@@ -79,7 +81,9 @@ def make_parts(
         looked.append(note)
     elif heads is None:
         refuse_unused_support(cfg)
+    before = time.monotonic()
     fed = with_features(cfg, loaded, frozen, [frozen.request(candidate.head) for candidate in candidates])
+    feature_seconds = time.monotonic() - before
     data = DataModule(
         train=fed.train,
         val=fed.val,
@@ -95,7 +99,8 @@ def make_parts(
     notes = [*fed.notes, *looked]
     if is_random(cfg.backbone):
         notes.append("The backbone's weights are random: it has learnt nothing.")
-    return Parts(family.module(cfg, loaded, frozen, candidates), data, loaded, family.conventions(cfg), notes)
+    module = family.module(cfg, loaded, frozen, candidates)
+    return Parts(module, data, loaded, family.conventions(cfg), notes, feature_seconds)
 
 
 def _with_support(cfg: DictConfig, loaded: Loaded, candidates: Sequence[Candidate]) -> tuple[Loaded, str]:

@@ -26,6 +26,7 @@ from dense_heads.report.html import write_report
 from dense_heads.report.tables import print_tables
 from dense_heads.training.checkpoints import load_best, newest_checkpoint
 from dense_heads.training.loggers import MetricsCsv, finish_loggers
+from dense_heads.training.stopwatch import Stopwatch
 from dense_heads.training.support import observe
 
 log = logging.getLogger("dense_heads")
@@ -48,7 +49,8 @@ def main(cfg: DictConfig) -> float:
     checkpoint = _checkpoint_to_resume(cfg, folder, loggers[0])
     training_started = time.monotonic()
     learn(cfg, trainer, parts, checkpoint)
-    seconds = {"train": time.monotonic() - training_started}
+    features = {} if cfg.cache.kind == "off" else {"features": parts.feature_seconds}
+    seconds = {**features, "train": time.monotonic() - training_started, **Stopwatch.of(trainer)}
     if not parts.module.training_free and cfg.task.protocol.select == "best":
         trainer.strategy.barrier()
         load_best(parts.module, folder / "checkpoints")
