@@ -14,6 +14,7 @@ from hydra.utils import get_object, instantiate
 from omegaconf import OmegaConf
 
 from dense_heads.backbones.zoo import get_spec, resolve_blocks
+from dense_heads.build.heads import HOW_IT_RUNS
 from dense_heads.command import GROUPS, options
 from dense_heads.data.labels import LabelRule
 from dense_heads.data.transforms import EvalTransform
@@ -88,6 +89,9 @@ def test_every_key_is_an_argument_of_its_target(group, option):
                 "range",
             ):  # taken out before: which weights to load is no matter of the constructor's
                 keywords.pop(key, None)
+        if address == "backbone":
+            for key in HOW_IT_RUNS:
+                keywords.pop(key)
         known = signature.parameters
         assert keywords.keys() <= known.keys(), f"{address}: {keywords.keys() - known.keys()}"
         assert bool(node.get("_partial_")) == (address in COMPLETED), address

@@ -145,9 +145,10 @@ def _identity(
     identity: dict[str, Any] = {
         "format": FORMAT,
         "split": split,
-        "backbone": {"name": cfg.backbone.name, "fingerprint": wanted.frozen.backbone.fingerprint()},
+        "backbone": {"name": cfg.backbone.name, "fingerprint": wanted.frozen.fingerprint()},
         "levels": sorted({level for request in wanted.requests for level in request.levels}),
         "patch_fit": wanted.frozen.patch_fit,
+        "precision": str(wanted.frozen.dtype),
         "dtype": cfg.cache.dtype,
         "items": {key: value for key, value in plain(cfg.task.data).items() if key not in _NOT_OF_ITEMS},
         "labels": loaded.labels.settings() if loaded.labels else {},

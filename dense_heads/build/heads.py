@@ -23,12 +23,15 @@ from dense_heads.training.base import Candidate
 
 log = logging.getLogger("dense_heads")
 
+HOW_IT_RUNS = ("precision", "pass_size", "compile")  # of a backbone's config: not the backbone's, FrozenBackbone's
 _NOT_ARGUMENTS = ("_target_", "_partial_", "weights", "range")  # of a head's config: Hydra's keys and ours
 
 
 def backbone(cfg: DictConfig) -> FrozenBackbone:
     """The frozen backbone."""
-    return FrozenBackbone(instantiate(cfg.backbone), cfg.backbone.get("patch_fit", "pad"))
+    arguments = plain(cfg.backbone)
+    how = {key: arguments.pop(key) for key in HOW_IT_RUNS if key in arguments}
+    return FrozenBackbone(instantiate(arguments), arguments.get("patch_fit", "pad"), **how)
 
 
 def make_candidates(cfg: DictConfig, frozen: FrozenBackbone, num_outputs: int) -> list[Candidate]:

@@ -9,7 +9,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from dense_heads.build.config import plain
-from dense_heads.build.heads import backbone, head_arguments, make_head, option_of_grid
+from dense_heads.build.heads import HOW_IT_RUNS, backbone, head_arguments, make_head, option_of_grid
 from dense_heads.build.parts import Parts, family_of, settings_of
 from dense_heads.errors import UserError
 from dense_heads.heads.base import Head
@@ -36,7 +36,7 @@ def run_card(cfg: DictConfig, made: Parts, candidate: Candidate) -> Card:
 
 def make_card(cfg: DictConfig, frozen: FrozenBackbone, head: Head, name: str, arguments: Mapping[str, Any]) -> Card:
     """The card of `head`, an option `name` with its own `arguments`, under the config's task."""
-    described = {key: value for key, value in plain(cfg.backbone).items() if key != "_target_"}
+    described = {key: v for key, v in plain(cfg.backbone).items() if key not in ("_target_", *HOW_IT_RUNS)}
     if Path(str(described["weights"])).exists():
         described["weights"] = str(Path(str(described["weights"])).resolve())
     family = family_of(cfg)
@@ -44,7 +44,7 @@ def make_card(cfg: DictConfig, frozen: FrozenBackbone, head: Head, name: str, ar
     return Card(
         family=cfg.task.family,
         task=cfg.task.name,
-        backbone={**described, "fingerprint": frozen.backbone.fingerprint()},
+        backbone={**described, "fingerprint": frozen.fingerprint()},
         head={"name": str(name), "target": head_target(type(head)), "arguments": dict(arguments)},
         num_outputs=family.num_outputs(cfg),
         classes=list(classes.names),

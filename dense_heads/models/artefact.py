@@ -87,7 +87,7 @@ def trained_head(folder: Path, backbone: FrozenBackbone, num_outputs: int | None
             head predicts another number of classes than `num_outputs`.
     """
     card = read_card(folder)
-    ours = backbone.backbone.fingerprint()
+    ours = backbone.fingerprint()
     if card.backbone["fingerprint"] != ours:
         raise UserError(
             f"{folder}: the head was trained on {card.backbone['name']} with weights {card.backbone['weights']!r} "

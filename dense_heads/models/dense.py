@@ -3,6 +3,7 @@
 Freezing happens here and nowhere else: no gradient, `eval()` kept through `.train()`, nothing in a state dict.
 """
 
+import copy
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,10 +18,12 @@ from dense_heads.backbones.zoo import resolve_blocks
 from dense_heads.data.images import read_image, to_uint8
 from dense_heads.data.inputs import Inputs, Pictures
 from dense_heads.data.transforms import EvalTransform
+from dense_heads.errors import UserError
 from dense_heads.heads.base import Head
 from dense_heads.models.card import Card
 from dense_heads.models.inference import Inference
 from dense_heads.ops.pad import fit_to_patch, unpad_map
+from dense_heads.ops.precision import resolve_precision
 from dense_heads.ops.resize import resize
 from dense_heads.structures import FeatureRequest, Features, Levels, Size, View
 
@@ -32,11 +35,37 @@ class FrozenBackbone(nn.Module):
     them still loads strictly.
     """
 
-    def __init__(self, backbone: Backbone, patch_fit: str = "pad") -> None:
-        """`patch_fit`: how an image meets the patch size: pad | pad_exact | crop | resize (`ops/pad.py`)."""
+    def __init__(
+        self,
+        backbone: Backbone,
+        patch_fit: str = "pad",
+        precision: str = "float32",
+        pass_size: int | None = None,
+        compile: bool = False,
+    ) -> None:
+        """How the backbone is run.
+
+        Args:
+            backbone: taken as it is in float32, else copied in the other type.
+            patch_fit: how an image meets the patch size: pad | pad_exact | crop | resize (`ops/pad.py`).
+            precision: auto | float32 | bfloat16 (`ops/precision.py`); features are in this type, and heads get float32.
+            pass_size: at most so many images in one pass. With 1 the features of an image do not depend on its batch:
+                matrix products of another size may round otherwise.
+            compile: run it through `torch.compile`.
+
+        Raises:
+            UserError: an unknown precision, or a pass of no images.
+        """
         super().__init__()
+        if pass_size is not None and (not isinstance(pass_size, int) or isinstance(pass_size, bool) or pass_size < 1):
+            raise UserError(f"backbone.pass_size={pass_size}: expected a whole number of images, 1 or above, or null.")
+        self.dtype = resolve_precision(precision) if any(True for _ in backbone.parameters()) else torch.float32
+        self._fingerprint = None if self.dtype == torch.float32 else backbone.fingerprint()
+        if self.dtype != torch.float32:
+            backbone = copy.deepcopy(backbone).to(self.dtype)
         self.backbone = backbone.requires_grad_(False)
-        self.patch_fit = patch_fit
+        self.patch_fit, self.pass_size = patch_fit, pass_size
+        self._block_outputs = torch.compile(backbone.block_outputs) if compile else backbone.block_outputs
         self.register_state_dict_post_hook(_leave_out_of_state_dict)  # type: ignore[no-untyped-call]
         self.register_load_state_dict_pre_hook(_stand_in_for_itself)  # type: ignore[no-untyped-call]
         self.train(False)
@@ -45,6 +74,10 @@ class FrozenBackbone(nn.Module):
         """Stays in eval mode, whatever is asked: normalisation and stochastic depth must not wake up."""
         return super().train(False)
 
+    def fingerprint(self) -> str:
+        """Of the float32 weights, whatever the backbone computes in."""
+        return self._fingerprint or self.backbone.fingerprint()
+
     def request(self, head: Head) -> FeatureRequest:
         """The blocks of this backbone that `head` asks for by name, and whether they are normed."""
         return FeatureRequest(resolve_blocks(self.backbone.name, head.blocks), head.norm)
@@ -52,10 +85,12 @@ class FrozenBackbone(nn.Module):
     @torch.no_grad()
     def forward(self, images: Tensor, requests: Sequence[FeatureRequest]) -> Levels:
         """(B, C, H, W) of any size -> every level that a request names, from one pass that ends at the deepest."""
+        if self.pass_size is not None and len(images) > self.pass_size:
+            return Levels.cat([self(part, requests) for part in torch.split(images, self.pass_size)])
         fitted, padding = fit_to_patch(images, self.backbone.patch_size, self.patch_fit)
         rows, columns = (side // self.backbone.patch_size for side in fitted.shape[-2:])
         wanted = sorted({level for request in requests for level in request.levels})
-        outputs = self.backbone.block_outputs(fitted, sorted({level.block for level in wanted}))
+        outputs = self._block_outputs(fitted, sorted({level.block for level in wanted}))
         patch_maps, cls_tokens = {}, {}
         for level in wanted:
             tokens = self.backbone.norm(outputs[level.block]) if level.norm else outputs[level.block]

@@ -61,9 +61,10 @@ def main(cfg: DictConfig) -> None:
     )
     identity = {
         "format": FORMAT,
-        "backbone": {"name": cfg.backbone.name, "fingerprint": frozen.backbone.fingerprint()},
+        "backbone": {"name": cfg.backbone.name, "fingerprint": frozen.fingerprint()},
         "levels": request.levels,
         "patch_fit": frozen.patch_fit,
+        "precision": str(frozen.dtype),
         "dtype": dtype,
         "transforms": preparation,
         "files": files_digest(samples),

@@ -82,7 +82,8 @@ def _outcome(measured: Measured) -> dict[str, Any]:
             "name": cfg.backbone.name,
             "weights": cfg.backbone.weights,  # null: random, from the seed
             "seed": cfg.backbone.seed,
-            "fingerprint": backbone.fingerprint(),
+            "fingerprint": module.backbone.fingerprint(),
+            "precision": str(module.backbone.dtype).removeprefix("torch."),
             "parameters": sum(p.numel() for p in backbone.parameters()),
         },
         "head": {

@@ -14,7 +14,7 @@ _DECIDING = (
     "task.protocol", "task.transforms", "task.inference", "task.loss", "task.data.labels", "task.num_classes",
     "head", "optim", "data.image_size", "data.batch_size", "trainer.max_steps", "trainer.precision",
     "trainer.limit_val_batches", "trainer.accumulate_grad_batches", "backbone.patch_fit", "backbone.weights",
-    "data.augment", "cache.kind", "cache.views", "cache.dtype",
+    "backbone.precision", "data.augment", "cache.kind", "cache.views", "cache.dtype",
 )  # fmt: skip
 
 

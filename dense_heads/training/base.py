@@ -274,11 +274,11 @@ class DenseModule(pl.LightningModule):
         """Keep who is retired and what was measured, and which backbone this stood on."""
         checkpoint["retired"] = dict(self.retired)
         checkpoint["results"] = {stage: vars(result) for stage, result in self.results.items()}
-        checkpoint["backbone_fingerprint"] = self.backbone.backbone.fingerprint()
+        checkpoint["backbone_fingerprint"] = self.backbone.fingerprint()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint that was trained on another backbone."""
-        theirs, ours = checkpoint["backbone_fingerprint"], self.backbone.backbone.fingerprint()
+        theirs, ours = checkpoint["backbone_fingerprint"], self.backbone.fingerprint()
         if theirs != ours:
             raise UserError(
                 f"The checkpoint was trained on a backbone with fingerprint {theirs}, this one has {ours}. "

@@ -23,6 +23,7 @@ def tiny(pairs):
         "task.data.labels.reduce_zero=true",
         "backbone=vitn14_reg",
         "backbone.weights=null",
+        "backbone.precision=float32",
         "data.image_size=42",
         "data.batch_size=4",
         "data.num_workers=0",

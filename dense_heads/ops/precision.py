@@ -1,0 +1,27 @@
+"""In which type a frozen backbone computes."""
+
+import torch
+
+from dense_heads.errors import unknown_name
+
+PRECISIONS = ("auto", "float32", "bfloat16")
+
+
+def resolve_precision(name: str) -> torch.dtype:
+    """The type that a precision stands for; `auto` is bfloat16 where the processor multiplies in it, else float32.
+
+    Raises:
+        UserError: an unknown name.
+    """
+    if name not in PRECISIONS:
+        raise unknown_name("backbone.precision:", str(name), PRECISIONS)
+    if name == "auto":
+        return torch.bfloat16 if _is_native() else torch.float32
+    return torch.bfloat16 if name == "bfloat16" else torch.float32
+
+
+def _is_native() -> bool:
+    if torch.cuda.is_available():
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))

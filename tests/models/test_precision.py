@@ -1,0 +1,76 @@
+"""How a frozen backbone is run: precision, images in a pass, compilation."""
+
+import json
+
+import pytest
+import torch
+
+from dense_heads.__main__ import main
+from dense_heads.backbones.weights import load_backbone
+from dense_heads.errors import UserError
+from dense_heads.heads.linear import LinearHead
+from dense_heads.models.dense import FrozenBackbone
+from dense_heads.ops.precision import resolve_precision
+from tests.factories import make_ade20k
+
+
+def maps(frozen, images):
+    levels = frozen(images, [frozen.request(LinearHead([192] * 4, 2, blocks="last4"))])
+    return torch.stack(list(levels.float().patch_maps.values()))
+
+
+def test_bfloat16_is_near_float32_and_has_its_fingerprint():
+    backbone = load_backbone("vitn14_reg", None)
+    full, half = FrozenBackbone(backbone), FrozenBackbone(backbone, precision="bfloat16")
+    images = torch.randn(2, 3, 42, 56)
+    expected, found = maps(full, images), maps(half, images)
+    error = (found - expected).norm() / expected.norm()
+    assert 1e-5 < error < 2e-2
+    assert half.fingerprint() == full.fingerprint() == backbone.fingerprint()
+    assert backbone.cls_token.dtype == torch.float32 and half.backbone.cls_token.dtype == torch.bfloat16
+    head = LinearHead([192], 2).eval()
+    assert half.predict_all(images, [head])[0].dtype == torch.float32
+
+
+def test_one_image_in_a_pass_gives_the_same_bits_in_any_batch():
+    frozen = FrozenBackbone(load_backbone("vitn14_reg", None), pass_size=1)
+    images = torch.randn(5, 3, 42, 56)
+    together = maps(frozen, images)
+    assert all(torch.equal(together[:, i : i + 1], maps(frozen, images[i : i + 1])) for i in range(5))
+    for size in (2, 5, 7):
+        torch.testing.assert_close(
+            maps(FrozenBackbone(frozen.backbone, pass_size=size), images), together, rtol=1e-4, atol=1e-4
+        )
+
+
+def test_auto_is_what_the_processor_has(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for native in (True, False):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda native=native: {"avx512_bf16": native}, raising=False)
+        assert resolve_precision("auto") == (torch.bfloat16 if native else torch.float32)
+
+
+@pytest.mark.parametrize("wrong", [{"precision": "float8"}, {"pass_size": 0}, {"pass_size": 1.5}])
+def test_values_that_make_no_sense_are_refused(wrong):
+    with pytest.raises(UserError, match=f"backbone.{next(iter(wrong))}"):
+        FrozenBackbone(load_backbone("vitn14_reg", None), **wrong)
+
+
+def test_pixels_have_nothing_to_compute_in_half_precision():
+    assert FrozenBackbone(load_backbone("pixels", None), precision="bfloat16").dtype == torch.float32
+
+
+def test_a_run_says_what_it_computed_in_and_is_used_again(tmp_path):
+    data, run = make_ade20k(tmp_path / "data"), tmp_path / "run"
+    command = [
+        "task=ade20k", f"data.root={data}", "backbone=vitn14_reg", "backbone.weights=null",
+        "data.image_size=42", "data.batch_size=2", "data.num_workers=0", "debug=fast", "head=linear",
+    ]  # fmt: skip
+    assert main([*command, f"run_dir={run}"]) == 0
+    assert json.loads((run / "metrics.json").read_text())["backbone"]["precision"] == "float32"  # as published
+    half = tmp_path / "half"
+    assert main([*command, "backbone.precision=bfloat16", "backbone.pass_size=1", f"run_dir={half}"]) == 0
+    assert json.loads((half / "metrics.json").read_text())["backbone"]["precision"] == "bfloat16"
+    images = data / "images" / "validation"
+    assert main(["mode=predict", f"model={half}", f"input={images}", f"output={tmp_path / 'out'}"]) == 0
+    assert main(["mode=evaluate", f"model={half}", "backbone.precision=float32"]) == 0
