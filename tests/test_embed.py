@@ -13,7 +13,7 @@ from tests.factories import fake_pair, save
 
 COMMAND = [
     "mode=embed", "task=segmentation", "task.num_classes=2", "backbone=vitn14_reg", "backbone.weights=null",
-    "data.num_workers=0", "task.transforms.eval.short_side=42", "cache.dtype=float32",
+    "data.num_workers=0", "task.transforms.eval.short_side=42", "cache.dtype=float32", "backbone.precision=float32",
 ]  # fmt: skip
 
 
