@@ -1,6 +1,6 @@
 """The trainer with its loggers and callbacks."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 import torch
 from hydra.utils import instantiate
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.strategies import DDPStrategy
 from omegaconf import DictConfig, OmegaConf
@@ -31,9 +32,15 @@ def make_loggers(cfg: DictConfig, folder: Path) -> list[Logger]:
     return made
 
 
-def make_trainer(cfg: DictConfig, folder: Path | None, made: Parts, run_loggers: list[Logger]) -> pl.Trainer:
-    """The trainer; without a folder it leaves nothing behind (a baseline)."""
-    callbacks = _callbacks(cfg, folder, made) if folder is not None else []
+def make_trainer(
+    cfg: DictConfig,
+    folder: Path | None,
+    made: Parts,
+    run_loggers: list[Logger],
+    more: Sequence[pl.Callback] = (),
+) -> pl.Trainer:
+    """The trainer, with `more` callbacks beside the config's; without a folder it leaves nothing behind (a baseline)."""
+    callbacks = [*more, *_callbacks(cfg, folder, made)] if folder is not None else list(more)
     options = dict(plain(cfg.trainer))
     options.pop("_target_")
     options["val_check_interval"] *= options["accumulate_grad_batches"]  # ours in steps, Lightning's in batches
@@ -49,7 +56,7 @@ def make_trainer(cfg: DictConfig, folder: Path | None, made: Parts, run_loggers:
             callbacks=callbacks,
             plugins=[AtomicCheckpointIO()],
             enable_checkpointing=folder is not None,
-            enable_progress_bar=folder is not None,
+            enable_progress_bar=any(isinstance(callback, ProgressBar) for callback in callbacks),
             default_root_dir=str(folder) if folder else None,
         )
     except (MisconfigurationException, TypeError, ValueError) as error:

@@ -4,11 +4,15 @@ import dataclasses
 import logging
 import os
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from hydra.core.hydra_config import HydraConfig
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
@@ -25,7 +29,7 @@ from dense_heads.modes.outcome import Measured, blind_scores, write_outcome
 from dense_heads.report.html import write_report
 from dense_heads.report.tables import print_tables
 from dense_heads.training.checkpoints import load_best, newest_checkpoint
-from dense_heads.training.loggers import MetricsCsv, finish_loggers
+from dense_heads.training.loggers import MetricsCsv, abandon_loggers, finish_loggers
 from dense_heads.training.stopwatch import Stopwatch
 from dense_heads.training.support import observe
 
@@ -44,38 +48,60 @@ def main(cfg: DictConfig) -> float:
     log.info("run folder %s", folder)
     if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
         keep_split(folder, cfg, parts.loaded)
-    loggers = make_loggers(cfg, folder)
-    trainer = make_trainer(cfg, folder, parts, loggers)
-    checkpoint = _checkpoint_to_resume(cfg, folder, loggers[0])
-    training_started = time.monotonic()
-    learn(cfg, trainer, parts, checkpoint)
-    features = {} if cfg.cache.kind == "off" else {"features": parts.feature_seconds}
-    seconds = {**features, "train": time.monotonic() - training_started, **Stopwatch.of(trainer)}
-    if not parts.module.training_free and cfg.task.protocol.select == "best":
-        trainer.strategy.barrier()
-        load_best(parts.module, folder / "checkpoints")
-        trainer.validate(parts.module, parts.data, verbose=False)  # ranks the candidates by what they are now
+    trained = train(cfg, parts, folder)
+    trainer = trained.trainer
     stage = measure(trainer, parts)
     score = parts.module.results[stage].scores[parts.module.leader()][parts.module.primary]
     first = rank_zero_only.rank == 0  # type: ignore[attr-defined]
+    seconds = dict(trained.seconds)
     measured = Measured(cfg, parts, stage, trainer.global_step, seconds, HydraConfig.get().runtime.choices)
     if first:
-        leader = parts.module.candidates[parts.module.leader()]
-        save_artefact(folder, leader.head, run_card(cfg, parts, leader))
-        write_outcome(folder, measured)
+        keep(folder, measured)
     baseline = _baseline(cfg, parts.notes)  # after all is saved: its failure costs nothing
     seconds["total"] = time.monotonic() - started
     if first:
         blind = blind_scores(cfg, parts, stage)
         finals = write_outcome(folder, dataclasses.replace(measured, baseline=baseline, blind=blind))
         write_report(folder)
-        finish_loggers(loggers, finals["metrics"])
+        finish_loggers(trained.loggers, finals["metrics"])
         print_tables(finals)
         log.info("report %s", folder / "report.html")
     return score
 
 
-def learn(cfg: DictConfig, trainer: Any, parts: Parts, checkpoint: Path | None = None) -> None:
+@dataclass(frozen=True)
+class Trained:
+    """What is left of a training besides the module."""
+
+    trainer: pl.Trainer
+    loggers: list[Logger]  # to be finished, with the final numbers
+    seconds: dict[str, float]  # where the time went
+
+
+def train(cfg: DictConfig, parts: Parts, folder: Path, callbacks: Sequence[pl.Callback] = ()) -> Trained:
+    """Train in `folder`, from its newest checkpoint on where `cfg.resume` says so.
+
+    Afterwards the module holds the heads that the protocol selects, and they are validated where a choice needs it.
+    """
+    loggers = make_loggers(cfg, folder)
+    trainer = make_trainer(cfg, folder, parts, loggers, callbacks)
+    checkpoint = _checkpoint_to_resume(cfg, folder, loggers[0])
+    started = time.monotonic()
+    try:
+        learn(cfg, trainer, parts, checkpoint)
+    except Exception:
+        abandon_loggers(loggers)
+        raise
+    features = {} if cfg.cache.kind == "off" else {"features": parts.feature_seconds}
+    seconds = {**features, "train": time.monotonic() - started, **Stopwatch.of(trainer)}
+    if not parts.module.training_free and cfg.task.protocol.select == "best":
+        trainer.strategy.barrier()
+        load_best(parts.module, folder / "checkpoints")
+        trainer.validate(parts.module, parts.data, verbose=False)  # ranks the candidates by what they are now
+    return Trained(trainer, loggers, seconds)
+
+
+def learn(cfg: DictConfig, trainer: pl.Trainer, parts: Parts, checkpoint: Path | None = None) -> None:
     """Train the heads; those that need no training look at their labelled images instead."""
     if not parts.module.training_free:
         trainer.fit(parts.module, parts.data, ckpt_path=checkpoint, weights_only=True)
@@ -85,18 +111,28 @@ def learn(cfg: DictConfig, trainer: Any, parts: Parts, checkpoint: Path | None =
     observe(parts.module.to(device), parts.loaded.support, Inference(**plain(cfg.task.inference)))
 
 
-def measure(trainer: Any, parts: Parts) -> str:
-    """Measure on the test split, or on validation where there is none; returns the stage's name.
+def keep(folder: Path, measured: Measured) -> None:
+    """Write the leading head with its card, and `metrics.json`, into the run folder."""
+    parts = measured.parts
+    leader = parts.module.candidates[parts.module.leader()]
+    save_artefact(folder, leader.head, run_card(measured.cfg, parts, leader))
+    write_outcome(folder, measured)
 
-    A validation that has just run on these very weights is not run again.
-    """
+
+def measure(trainer: pl.Trainer, parts: Parts) -> str:
+    """Measure on the test split, or on validation where there is none; returns the stage's name."""
     if parts.data.test is not None:
         trainer.test(parts.module, parts.data, verbose=False)
         return "test"
+    validate(trainer, parts)
+    return "val"
+
+
+def validate(trainer: pl.Trainer, parts: Parts) -> None:
+    """Measure on validation, unless that has just been done on these very weights."""
     last = parts.module.results.get("val")
     if last is None or last.step != trainer.global_step:
         trainer.validate(parts.module, parts.data, verbose=False)
-    return "val"
 
 
 def _checkpoint_to_resume(cfg: DictConfig, folder: Path, metrics_csv: Any) -> Path | None:

@@ -129,3 +129,10 @@ def finish_loggers(loggers: list[Logger], summary: Mapping[str, float]) -> None:
                 log.info("To upload the offline run: wandb sync %s", folder)
         else:
             logger.finalize("success")
+
+
+def abandon_loggers(loggers: list[Logger]) -> None:
+    """Close what a run that failed leaves open: W&B would take it for the run that follows in the same process."""
+    for logger in loggers:
+        if type(logger).__name__ == "WandbLogger" and getattr(logger, "_experiment", None) is not None:
+            getattr(logger, "experiment").finish(exit_code=1)  # noqa: B009 - as above
