@@ -27,7 +27,20 @@ from dense_heads.modes import MODES
 from dense_heads.paths import CONF_DIR, TASKS_DIR
 from dense_heads.registry import register_tasks
 
-GROUPS = ("task", "backbone", "head", "optim", "trainer", "logger", "callbacks", "cache", "debug", "experiment")
+GROUPS = (
+    "task",
+    "backbone",
+    "head",
+    "optim",
+    "trainer",
+    "logger",
+    "callbacks",
+    "cache",
+    "sweep",
+    "launcher",
+    "debug",
+    "experiment",
+)
 recompose = _recompose.recompose
 
 

@@ -31,6 +31,7 @@ _PER_COMMAND = (
     "run_dir",
     "launcher",
 )
+_PATHS = ("data.root=", "backbone.weights=", "head.weights=")
 
 _OPTIONS_WITH_VALUE = (
     "--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn", "--cfg", "-c", "--package", "-p",
@@ -105,16 +106,27 @@ def _is_path_of_option(key: str, text: str) -> bool:
     return is_group and re.fullmatch(r"[\w\s\[\],'\"-]*", text.partition("=")[2]) is None
 
 
-def keep_overrides(run: Path, overrides: Sequence[str]) -> list[str]:
-    """Write what was typed for a run, less what belongs to one command only; paths are made absolute."""
+def key_of(override: str) -> str:
+    """What an override is about: its key, without a prefix."""
+    return override.partition("=")[0].lstrip("+~")
+
+
+def own_overrides(overrides: Sequence[str]) -> list[str]:
+    """What was typed for a run, less what belongs to one command only; paths are made absolute."""
     kept = []
     for override in overrides:
-        key, _, value = override.partition("=")
-        if key.lstrip("+~") in _PER_COMMAND or override == "debug=traceback":
+        value = override.partition("=")[2]
+        if key_of(override) in _PER_COMMAND or override == "debug=traceback":
             continue
-        if key in ("data.root", "backbone.weights", "head.weights") and value and Path(value).exists():
-            override = f"{key}={_quoted(str(Path(value).resolve()))}"
+        if override.startswith(_PATHS) and value and Path(value).exists():
+            override = f"{key_of(override)}={_quoted(str(Path(value).resolve()))}"
         kept.append(override)
+    return kept
+
+
+def keep_overrides(run: Path, overrides: Sequence[str]) -> list[str]:
+    """Write a run's own overrides into its folder."""
+    kept = own_overrides(overrides)
     write_atomically(run / OVERRIDES_FILE, yaml.safe_dump(kept, allow_unicode=True))
     return kept
 

@@ -1,5 +1,6 @@
 """Configs: other compositions of the same run, and nodes as plain values."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from dense_heads.backbones.pixels import WITHOUT_NETWORK
 from dense_heads.paths import CONF_DIR
@@ -37,6 +38,22 @@ def composing() -> Iterator[None]:
             yield
     finally:
         hydra.hydra = before
+
+
+@contextmanager
+def as_command(overrides: list[str]) -> Iterator[DictConfig]:
+    """Another composition that stands, inside the block, for the one that the command was started with."""
+    cfg = compose(config_name="config", overrides=overrides, return_hydra_config=True)
+    hydra = HydraConfig.instance()
+    before = hydra.cfg
+    hydra.set_config(cfg)
+    own = copy.deepcopy(cfg)
+    with read_write(own), open_dict(own):
+        del own["hydra"]
+    try:
+        yield own
+    finally:
+        hydra.cfg = before
 
 
 def recomposed(group: str, option: str) -> DictConfig:

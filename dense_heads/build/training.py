@@ -39,7 +39,7 @@ def make_trainer(
     run_loggers: list[Logger],
     more: Sequence[pl.Callback] = (),
 ) -> pl.Trainer:
-    """The trainer, with `more` callbacks beside the config's; without a folder it leaves nothing behind (a baseline)."""
+    """The trainer, with `more` callbacks beside the config's; without a folder (a baseline) nothing is left behind."""
     callbacks = [*more, *_callbacks(cfg, folder, made)] if folder is not None else list(more)
     options = dict(plain(cfg.trainer))
     options.pop("_target_")

@@ -12,8 +12,9 @@ _WHOLE_NUMBERS = {
     "data.num_workers": 0,
     "trainer.max_steps": 1, "trainer.val_check_interval": 1, "trainer.accumulate_grad_batches": 1,
     "trainer.log_every_n_steps": 1, "callbacks.checkpoints.every": 1, "callbacks.checkpoints.keep": 1,
+    "sweep.trials": 1, "sweep.workers": 1,
 }  # fmt: skip
-_NUMBERS = ("optim.lr", "optim.weight_decay", "optim.clip_norm", "head.lr", "head.weight_decay")
+_NUMBERS = ("optim.lr", "optim.weight_decay", "optim.clip_norm", "head.lr", "head.weight_decay", "sweep.timeout")
 _CHOICES = {"task.protocol.select": ("last", "best"), "task.metrics.direction": ("max", "min")}
 
 

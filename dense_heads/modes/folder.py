@@ -11,8 +11,9 @@ from omegaconf import DictConfig, OmegaConf
 
 from dense_heads.errors import UserError
 from dense_heads.ops.files import write_atomically
-from dense_heads.recompose import OVERRIDES_FILE, keep_overrides, read_overrides
+from dense_heads.recompose import OVERRIDES_FILE, keep_overrides, own_overrides, read_overrides
 
+STUDY_FILE = "study.log"  # of a sweep: its trials, in the form of Optuna's journal
 _TOLD = "DENSE_HEADS_RUN_FOLDER"  # environment variable: rank 0's folder, for the ranks that it starts
 # A resumed run may differ from itself in these only; anything else would be another run.
 _FREE_ON_RESUME = (
@@ -24,6 +25,9 @@ _FREE_ON_RESUME = (
     "data.root",
     "cache.dir",
     "cache.check",
+    "sweep.trials",
+    "sweep.timeout",
+    "sweep.workers",
 )
 
 
@@ -50,9 +54,16 @@ def run_folder(cfg: DictConfig) -> Path:
     if not _is_first_process():
         # Ranks that a cluster started were told nothing: all derive the same name.
         return Path(os.environ[_TOLD]) if _TOLD in os.environ else _named_folder(cfg)
-    folder = _tell(_chosen_folder(cfg), cfg)
-    keep_overrides(folder, HydraConfig.get().overrides.task)
+    folder = _chosen_folder(cfg)
+    os.environ[_TOLD] = str(folder)
+    keep_run(folder, cfg)
     return folder
+
+
+def keep_run(folder: Path, cfg: DictConfig) -> None:
+    """Write `config.yaml` and `overrides.yaml`."""
+    write_atomically(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+    keep_overrides(folder, HydraConfig.get().overrides.task)
 
 
 def evaluation_folder(cfg: DictConfig) -> Path:
@@ -60,38 +71,46 @@ def evaluation_folder(cfg: DictConfig) -> Path:
     if not _is_first_process():
         return Path(os.environ[_TOLD]) if _TOLD in os.environ else Path(cfg.model, "evaluate", str(_job_id())).resolve()
     parent = Path(cfg.model, "evaluate")
-    return _tell(make_unique(parent, _job_id() or time_stamp()), cfg)
+    folder = make_unique(parent, _job_id() or time_stamp())
+    os.environ[_TOLD] = str(folder)
+    write_atomically(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
+    return folder
 
 
 def _is_first_process() -> bool:
     return rank_zero_only.rank == 0 and os.environ.get("LOCAL_RANK", "0") == "0"  # type: ignore[attr-defined]
 
 
-def _tell(folder: Path, cfg: DictConfig) -> Path:
-    os.environ[_TOLD] = str(folder)
-    write_atomically(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
-    return folder
-
-
 def _chosen_folder(cfg: DictConfig) -> Path:
     if cfg.resume not in (None, "auto"):
         folder = Path(cfg.resume).resolve()
+        _refuse_another_kind(folder, cfg)
         _refuse_changes(folder)
         return folder
-    hydra = HydraConfig.get()
-    if hydra.mode == RunMode.MULTIRUN:
-        folder = Path(hydra.sweep.dir, hydra.sweep.subdir)
-    elif cfg.run_dir is not None or cfg.resume == "auto" or _job_id():
+    if HydraConfig.get().mode == RunMode.MULTIRUN or cfg.run_dir is not None or cfg.resume == "auto" or _job_id():
         folder = _named_folder(cfg)
     else:
-        head = hydra.runtime.choices["head"]
-        return make_unique(Path(cfg.output_dir, cfg.task.name, f"{cfg.backbone.name}-{head}"), time_stamp())
+        return make_unique(Path(cfg.output_dir, cfg.task.name, _name(cfg)), time_stamp())
     folder.mkdir(parents=True, exist_ok=True)
-    if cfg.resume != "auto" and (folder / "metrics.csv").exists():
+    if cfg.resume != "auto" and any((folder / file).exists() for file in ("metrics.csv", STUDY_FILE)):
         raise UserError(f"{folder} holds a run already. Go on with resume={folder}, or choose another run_dir.")
     if (folder / OVERRIDES_FILE).is_file():
+        _refuse_another_kind(folder, cfg)
         _refuse_changes(folder)
     return folder.resolve()
+
+
+def _name(cfg: DictConfig) -> str:
+    """What the runs of a task are sorted by."""
+    choices = HydraConfig.get().runtime.choices
+    return f"sweep-{choices['sweep']}" if cfg.mode == "sweep" else f"{cfg.backbone.name}-{choices['head']}"
+
+
+def _refuse_another_kind(folder: Path, cfg: DictConfig) -> None:
+    holds = "sweep" if (folder / STUDY_FILE).exists() else "fit" if (folder / "metrics.csv").exists() else None
+    if holds not in (None, cfg.mode):
+        what = "a sweep" if holds == "sweep" else "a single run"
+        raise UserError(f"{folder} holds {what}. Go on with mode={holds} resume={folder}.")
 
 
 def _job_id() -> str | None:
@@ -112,11 +131,13 @@ def _job_id() -> str | None:
 
 def _named_folder(cfg: DictConfig) -> Path:
     """A folder that every process, and a restart of the same job, finds by itself."""
+    hydra = HydraConfig.get()
+    if hydra.mode == RunMode.MULTIRUN:
+        return Path(hydra.sweep.dir, hydra.sweep.subdir).resolve()
     if cfg.run_dir is not None:
         return Path(cfg.run_dir).resolve()
     if job := _job_id():
-        head = HydraConfig.get().runtime.choices["head"]
-        return Path(cfg.output_dir, cfg.task.name, f"{cfg.backbone.name}-{head}", f"job-{job}").resolve()
+        return Path(cfg.output_dir, cfg.task.name, _name(cfg), f"job-{job}").resolve()
     raise UserError("resume=auto needs run_dir=PATH outside a cluster job (no SLURM_JOB_ID or TORCHELASTIC_RUN_ID).")
 
 
@@ -132,11 +153,7 @@ def _refuse_changes(folder: Path) -> None:
         return {key: value for key, value in pairs if not key.startswith(_FREE_ON_RESUME)}
 
     kept = read_overrides(folder)
-    typed = [
-        o
-        for o in HydraConfig.get().overrides.task
-        if not o.startswith(("resume=", "mode=", "debug=", "run_dir=", "output_dir="))
-    ]
+    typed = [o for o in own_overrides(HydraConfig.get().overrides.task) if not o.startswith("debug=")]
     before, now = settings(kept), settings(typed)
     changed = [
         f"{key} (was {before.get(key, 'the default')}, now {value})"

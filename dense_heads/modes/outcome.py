@@ -34,6 +34,7 @@ class Measured:
     choices: Mapping[str, str]  # Hydra's: group -> option
     baseline: dict[str, Any] | None = None
     blind: list[dict[str, Any]] = field(default_factory=list)  # what knows nothing of the images scores
+    trials: int = 1  # of a sweep, of which this is the best on validation
 
 
 def blind_scores(cfg: DictConfig, parts: Parts, stage: str) -> list[dict[str, Any]]:
@@ -109,7 +110,7 @@ def _outcome(measured: Measured) -> dict[str, Any]:
             "select": cfg.task.protocol.select,
         },
         "conventions": parts.conventions,
-        "selected_on": _selected_on(cfg, len(module.candidates), stage),
+        "selected_on": _selected_on(cfg, len(module.candidates), measured.trials, stage),
         "published": published,
         "baseline": measured.baseline,
         "blind": measured.blind,
@@ -124,13 +125,15 @@ def _outcome(measured: Measured) -> dict[str, Any]:
     }
 
 
-def _selected_on(cfg: DictConfig, num_candidates: int, stage: str) -> str:
+def _selected_on(cfg: DictConfig, num_candidates: int, num_trials: int, stage: str) -> str:
     chosen = (
         "the last checkpoint" if cfg.task.protocol.select == "last" else "the checkpoint that was best on validation"
     )
     if num_candidates > 1:
         chosen += f"; the best of {num_candidates} candidates on validation"
-    if stage == "val" and (num_candidates > 1 or cfg.task.protocol.select != "last"):
+    if num_trials > 1:
+        chosen += f"; the best of {num_trials} trials on validation"
+    if stage == "val" and (max(num_candidates, num_trials) > 1 or cfg.task.protocol.select != "last"):
         chosen += ", which is also the split measured here: the number is optimistic"
     return chosen
 

@@ -11,6 +11,7 @@ from PIL import Image
 
 from dense_heads.report.curves import draw_curves, figure_bytes
 from dense_heads.report.fragments import card, count, definitions, duration, figure, joined, section
+from dense_heads.report.sweep import html_sweep
 from dense_heads.report.tables import (
     PERCENT,
     ScoreRow,
@@ -35,7 +36,8 @@ PICTURE_WIDTH = 1760  # pixels: sharp at the page's width, also when the page is
 def write_report(run_dir: Path) -> Path:
     """Write `report.html` into a run folder, from what stands there; gives its path.
 
-    Reads `metrics.json` (needed) and `metrics.csv`, `config.yaml`, `card.json`, `grid.csv`, `pictures/**/*.png` (each
+    Reads `metrics.json` (needed) and `metrics.csv`, `config.yaml`, `card.json`, `grid.csv`, `sweep.json`,
+    `pictures/**/*.png` (each
     left out where it is missing). The file carries everything in itself, runs no script and stays below 8 MB:
     pictures become JPEG, smaller ones where there are many, and those that do not fit are counted in a line.
 
@@ -46,6 +48,7 @@ def write_report(run_dir: Path) -> Path:
     summary = read_summary(run_dir / "metrics.json")
     before = [_headline(summary), _curves(run_dir / "metrics.csv")]
     after = [
+        html_sweep(run_dir),
         section("Classes", html_classes(summary)) if summary.get("per_class") else "",
         _candidates(run_dir / "grid.csv"),
         _protocol(summary),
