@@ -164,7 +164,8 @@ def _translated(error: BaseException | None) -> UserError | None:
         if found := re.search(
             r"(?:Could not find|Could not load|In '[^']*': Could not find) '([\w@./-]+)/([^/']*)'", text
         ):
-            group = found[1].split("@")[0].split("/")[-1]
+            group = found[1].split("@")[0]
+            group = group if (CONF_DIR / group).is_dir() else group.split("/")[-1]
             return unknown_name(group, found[2], options(group))
         if isinstance(error, OmegaConfBaseException) and (found := re.search(r"Key '([^']+)' is not in struct", text)):
             known = list(error.parent_node or {})

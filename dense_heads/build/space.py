@@ -55,7 +55,7 @@ class Parameter:
         if self.choices:
             return len(self.choices)
         low, high, step = (getattr(self.distribution, name) for name in ("low", "high", "step"))
-        return None if step is None or getattr(self.distribution, "log", False) else math.floor((high - low) / step) + 1
+        return None if step is None else math.floor((high - low) / step) + 1
 
 
 @dataclass(frozen=True)
@@ -96,12 +96,12 @@ def read_space(cfg: DictConfig) -> Space:
     Raises:
         UserError: there is none, a key cannot be swept, or a description makes no sense.
     """
-    described = plain(cfg.sweep.space)
-    if not described:
+    if not cfg.sweep.space or not OmegaConf.is_dict(cfg.sweep.space):
         raise UserError(
-            "sweep.space is empty. Say what to search, such as "
+            f"sweep.space is {cfg.sweep.space}. Say what to search, such as "
             "'sweep.space={optim.lr: {low: 1e-4, high: 1e-1, log: true}, head: [linear, linear4]}'."
         )
+    described = plain(cfg.sweep.space)
     for key in described:
         name = key_of(key)
         if name in _NOT_SWEPT or name.startswith(("hydra", "sweep", "logger.", "task.metrics.")):
@@ -167,12 +167,8 @@ def _typed(value: Any) -> str:
     if isinstance(value, dict):
         return "{" + ",".join(f"{key}:{_typed(item)}" for key, item in value.items()) + "}"
     if isinstance(value, str):
-        plain_word = re.fullmatch(r"[A-Za-z_./][\w./-]*", value) and value.lower() not in (
-            "null",
-            "true",
-            "false",
-            "nan",
-            "inf",
-        )
-        return value if plain_word else "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+        if re.fullmatch(r"[A-Za-z_./][\w./-]*", value) and value.lower() not in ("null", "true", "false", "nan", "inf"):
+            return value
+        escaped = re.sub(r"(\\*)'", r"\1\1\\'", value)  # the grammar knows backslashes before a quote only
+        return "'" + escaped + "\\" * (len(value) - len(value.rstrip("\\"))) + "'"
     return json.dumps(value)  # null, true, false, numbers

@@ -23,6 +23,9 @@ from dense_heads.report.trials import Sweep, TrialRow
 
 MakeSampler = Callable[..., BaseSampler]
 
+optuna.logging.set_verbosity(optuna.logging.ERROR)  # a sweep has its own words
+warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+
 
 class SeededByTrial(BaseSampler):
     """A sampler whose draws are functions of (seed, trial number, parameter) and of the trials that are done.
@@ -65,24 +68,20 @@ def open_study(path: Path, cfg: DictConfig, space: Space) -> Study:
     Raises:
         UserError: its file is broken or belongs to another space, or the sampler or pruner cannot be made.
     """
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     lock = ProcessLock(path.with_name(f".{path.name}.lock"))  # Optuna's own outlive a killed process by half a minute
     with lock:
         _cut_torn_line(path)
     sampler, pruner = _sampler(cfg), _made(cfg, "pruner", optuna.pruners.BasePruner)
     try:
         storage = optuna.storages.JournalStorage(JournalFileBackend(str(path), lock))  # type: ignore[arg-type]
-        study = optuna.create_study(
-            storage=storage,
-            sampler=SeededByTrial(sampler, cfg.seed),
-            pruner=pruner,
-            study_name="sweep",
-            direction="maximize" if cfg.task.metrics.direction == "max" else "minimize",
-            load_if_exists=True,
-        )
+        own = {"storage": storage, "sampler": SeededByTrial(sampler, cfg.seed), "pruner": pruner, "study_name": "sweep"}
+        if optuna.get_all_study_names(storage):
+            study = optuna.load_study(**own)
+        else:
+            highest = cfg.task.metrics.direction == "max"
+            study = optuna.create_study(**own, direction="maximize" if highest else "minimize")
         trials = study.get_trials(deepcopy=False)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
         raise UserError(
             f"{path} cannot be read as a study ({type(error).__name__}: {error}). Was it edited? Start a new sweep."
         ) from error
@@ -121,6 +120,7 @@ def num_trials(cfg: DictConfig, space: Space) -> int:
 def summary(study: Study, score: str, total: int) -> Sweep:
     """The study's trials as plain values; `score` is what its values are called, `total` how many there will be."""
     states = {TrialState.COMPLETE: "complete", TrialState.PRUNED: "pruned", TrialState.FAIL: "failed"}
+    trials = study.get_trials(deepcopy=False)
     rows = [
         TrialRow(
             number=trial.number,
@@ -131,18 +131,23 @@ def summary(study: Study, score: str, total: int) -> Sweep:
             curve=dict(trial.intermediate_values),
             error=trial.user_attrs.get("error"),
         )
-        for trial in study.get_trials(deepcopy=False)
+        for trial in trials
     ]
+    distributions = {key: described for trial in trials for key, described in trial.distributions.items()}
+    logarithmic = [key for key, described in distributions.items() if getattr(described, "log", False)]
     direction = "max" if study.direction == optuna.study.StudyDirection.MAXIMIZE else "min"
     sampler = study.sampler.name if isinstance(study.sampler, SeededByTrial) else type(study.sampler).__name__
-    return Sweep(score, direction, total, f"{sampler}, {type(study.pruner).__name__}", rows)
+    return Sweep(score, direction, total, f"{sampler}, {type(study.pruner).__name__}", rows, logarithmic)
 
 
 def importances(study: Study) -> dict[str, float]:
-    """Each key's share of what makes scores differ, the largest first (PED-ANOVA); empty where that cannot be said."""
+    """Each key's share in reaching good scores, the largest first (PED-ANOVA); empty where that cannot be said."""
+    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    if len(complete) < 4 or len(complete[0].params) < 2:
+        return {}
     try:
         found = optuna.importance.get_param_importances(study)
-    except (ValueError, RuntimeError):  # one trial, one parameter, scores that are all the same
+    except (ValueError, RuntimeError):  # scores that are all the same
         return {}
     return {key: float(value) for key, value in found.items() if math.isfinite(value)}
 

@@ -52,6 +52,8 @@ def conclude(cfg: DictConfig, search: Search, seconds: float) -> float:
     left = sweep.total - len(sweep.of("complete", "pruned", "failed"))
     if left:
         log.info("%d trials are left; go on with mode=sweep resume=%s", left, folder)
+    if offline := list(folder.glob("trials/*/wandb/offline-run-*")):
+        log.info("To upload the %d offline runs: wandb sync %s", len(offline), folder / "trials/*/wandb/offline-run-*")
     log.info("best: trial %d, %s", best.number, settings_text(best.params))
     log.info("report %s", folder / "report.html")
     return best.value

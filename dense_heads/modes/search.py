@@ -103,6 +103,6 @@ class Search:
             trial.set_user_attr("error", str(known) if known else f"{type(error).__name__}: {error}")
         trial.set_user_attr("seconds", round(time.monotonic() - started, 1))
         self.study.tell(trial, value, state)
-        if not self.keep_checkpoints:
+        if state != TrialState.FAIL and not self.keep_checkpoints:
             self.trials.clear(trial.number)
         log.info(progress_line(self.found(), trial.number, self.workers))

@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 
 from dense_heads.report.curves import COLOURS, INK, PALE, RULE, figure_bytes
 from dense_heads.report.fragments import duration, figure, section
@@ -31,7 +31,8 @@ def html_sweep(run_dir: Path) -> str:
     sweep = read_sweep(path)
     figures = {"Trials in their order": draw_history(sweep)}
     if sweep.importances:
-        figures["How much of the score's spread each key explains"] = draw_importances(sweep)
+        told = f"Importance of each key (PED-ANOVA over {len(sweep.of('complete'))} trials)"
+        figures[told] = draw_importances(sweep)
     keys = list(sweep.importances) or list(dict.fromkeys(key for row in sweep.rows for key in row.params))
     for key in keys[:MAX_PARAMETERS]:
         if any(key in row.params for row in sweep.of("complete", "pruned")):
@@ -81,8 +82,9 @@ def draw_parameter(sweep: Sweep, key: str) -> Figure:
     values = [row.params[key] for row in rows]
     if all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
         _dots(axes, values, rows)
-        if min(values) > 0 and max(values) > 20 * min(values):
+        if key in sweep.logarithmic:
             axes.set_xscale("log")
+            axes.xaxis.set_minor_formatter(NullFormatter())
     else:
         names = sorted({str(value) for value in values})
         _dots(axes, [names.index(str(value)) for value in values], rows)
@@ -97,7 +99,9 @@ def _axes(sweep: Sweep) -> tuple[Figure, Axes]:
     axes = drawn.subplots()
     axes.set_ylabel(metric_label(sweep.score), color=PALE, fontsize=9)
     if sweep.score.rsplit("/", 1)[-1] in PERCENT:
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.yaxis.set_major_locator(MaxNLocator(6))
+    axes.margins(y=0.08)
     axes.grid(axis="y", color=RULE, linewidth=0.8)
     axes.set_axisbelow(True)
     _quiet(axes)

@@ -42,6 +42,7 @@ class Sweep:
     total: int
     method: str  # sampler and pruner
     rows: list[TrialRow]
+    logarithmic: list[str] = field(default_factory=list)  # keys that are searched in their logarithm
     importances: dict[str, float] = field(default_factory=dict)
 
     def of(self, *states: str) -> list[TrialRow]:
@@ -103,7 +104,7 @@ def settings_text(params: dict[str, Any]) -> str:
 
 
 def progress_line(sweep: Sweep, number: int, workers: int) -> str:
-    """What is said when trial `number` has ended: what it was and scored, the best so far, and how long it still takes."""
+    """What is said when a trial has ended: what it was and scored, the best so far, and how long the rest will take."""
     row = sweep.rows[number]
     ended = sweep.of("complete", "pruned", "failed")
     score = format_metric(sweep.score, row.value)

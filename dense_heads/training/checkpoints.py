@@ -1,6 +1,7 @@
 """Checkpoints that a kill cannot spoil: written aside and renamed, tensors and plain values only."""
 
 import logging
+import math
 import signal
 import threading
 from pathlib import Path
@@ -98,17 +99,21 @@ class Checkpoints(Checkpoint):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """At the step interval, or when asked for; never between the batches of one step."""
+        """At the step interval, or when asked for; never between the batches of one step.
+
+        Before a validation neither: a run that went on from there would not make it up. Its end is the time to save.
+        """
         between = (batch_idx + 1) % trainer.accumulate_grad_batches != 0
-        if not between and (trainer.global_step % self.every == 0 or self.asked):
+        validated_next = (batch_idx + 1) % (trainer.val_check_batch or math.inf) == 0
+        if not between and not validated_next and (trainer.global_step % self.every == 0 or self.asked):
             self.asked = False
             self.save(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """SIGTERM ends between two steps: that step is kept. Whatever the reason, say how to go on."""
+        """SIGTERM between two steps: that step is kept (see above). Whatever the reason, say how to go on."""
         if trainer.state.fn != "fit":
             return
-        if isinstance(exception, SIGTERMException):
+        if isinstance(exception, SIGTERMException) and not trainer.validating:
             self.save(trainer)
         if trainer.is_global_zero and any(self.folder.glob("step=*.ckpt")):
             log.info("stopped at step %d; go on with resume=%s", trainer.global_step, self.folder.parent)
@@ -127,6 +132,7 @@ class Checkpoints(Checkpoint):
                 heads = {key: value.contiguous().cpu() for key, value in pl_module.heads.state_dict().items()}
                 facts = {"step": str(result.step), pl_module.primary: repr(score), "candidate": str(pl_module.leader())}
                 write_atomically(self.folder / BEST_FILE, save(heads, metadata=facts))
+        self.asked = False
         self.save(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

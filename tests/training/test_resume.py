@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from dense_heads.__main__ import main
 from dense_heads.errors import UserError
 from dense_heads.training.checkpoints import load_checkpoint, newest_checkpoint
+from dense_heads.training.segmentation import SegmentationModule
 
 STEPS = 24
 # Two candidates with dropout, augmentation by default, two loader processes; 7 images in batches of 4, so that an epoch
@@ -69,6 +70,35 @@ def test_a_killed_run_ends_with_the_same_bits(tiny, tmp_path):
         assert torch.equal(one, other)
     for name in ("metrics.csv", "grid.csv"):
         assert (killed / name).read_text() == (whole / name).read_text()
+
+
+class Killed(BaseException):
+    """Nothing on the way catches it, as nothing catches SIGKILL."""
+
+
+@pytest.mark.parametrize("select", ["last", "best"])
+def test_a_validation_that_was_cut_off_is_made_up(tiny, tmp_path, monkeypatch, select):
+    """Also where a checkpoint is due at the validation's own step, and at the last one."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    typed = [*tiny, "callbacks.checkpoints.every=1", f"task.protocol.select={select}"]
+    assert main([*typed, f"run_dir={whole}"]) == 0
+    finish = SegmentationModule.on_validation_epoch_end
+    for step in (3, 6):
+
+        def cut_off(self, step=step):
+            if self.global_step == step:
+                raise Killed
+            finish(self)
+
+        monkeypatch.setattr(SegmentationModule, "on_validation_epoch_end", cut_off)
+        with pytest.raises(Killed):
+            main([*typed, f"run_dir={killed}", "resume=auto"])
+    monkeypatch.setattr(SegmentationModule, "on_validation_epoch_end", finish)
+    assert main([*typed, f"run_dir={killed}", "resume=auto"]) == 0
+    assert (killed / "metrics.csv").read_text() == (whole / "metrics.csv").read_text()
+    for name in ("head.safetensors", "checkpoints/best.safetensors"):
+        ours, theirs = load_file(killed / name), load_file(whole / name)
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs), name
 
 
 def tensors(node):
