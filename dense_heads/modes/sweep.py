@@ -67,7 +67,9 @@ def main(cfg: DictConfig) -> float | None:
 
 def _prepare(cfg: DictConfig, space: Space, trials: Trials) -> None:
     """Find mistakes that show cheaply; then make the folder."""
-    check_space(space, trials.base)
+    goes_on = cfg.resume is not None and Path(cfg.run_dir or cfg.resume, STUDY_FILE).is_file()
+    if not goes_on:
+        check_space(space, trials.base)
     with trials.composed([parameter.probes()[0] for parameter in space.parameters.values()]) as example:
         loaded = trials.parts(example).loaded
     folder = run_folder(cfg)
