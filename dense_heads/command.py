@@ -10,11 +10,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, OverrideParseException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -25,6 +25,7 @@ from dense_heads import recompose as _recompose
 from dense_heads.errors import UserError, unknown_name, user_error_in
 from dense_heads.modes import MODES
 from dense_heads.paths import CONF_DIR, TASKS_DIR
+from dense_heads.ray_launcher import register_launcher
 from dense_heads.registry import register_tasks
 
 GROUPS = (
@@ -98,9 +99,10 @@ def _print_help() -> None:
 
 def hand_to_hydra(arguments: list[str], conf_dir: Path) -> None:
     """Compose the run with Hydra and start it; raises what the run raises."""
+    _refuse_missing_extras(arguments)
     register_tasks()
     with _without_current_folder():
-        Plugins.instance()  # looked for once: a `hydra_plugins` of the current folder is not ours to run
+        register_launcher()  # plugins are looked for once: a `hydra_plugins` of the current folder is not ours to run
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra would print and exit by itself: we want the exception
     failed: list[Exception] = []
 
@@ -124,6 +126,14 @@ def hand_to_hydra(arguments: list[str], conf_dir: Path) -> None:
         sys.argv = before
     if failed:
         raise failed[0]
+
+
+def _refuse_missing_extras(arguments: Sequence[str]) -> None:
+    """Hydra would take a launcher that is not there for a single run."""
+    for option, package in (("launcher=slurm", "submitit"), ("launcher=ray", "ray")):
+        if option in arguments and find_spec(package) is None:
+            extra = option.partition("=")[2]
+            raise UserError(f"{option} needs {package}, which is not installed: pip install 'dense-heads[{extra}]'.")
 
 
 @contextmanager

@@ -91,7 +91,7 @@ def test_help_lists_what_there_is(capsys):
     for group in GROUPS:
         assert set(options(group)) <= words, group
     assert {path.parent.name for path in (REPO / "tasks").glob("*/task.yaml")} <= set(options("task"))
-    assert set(MODES) == {"fit", "evaluate", "predict"} and set(MODES) <= words
+    assert set(MODES) == {"fit", "evaluate", "predict", "embed", "sweep"} and set(MODES) <= words
     assert not words & set(PLANNED_MODES)  # only what works
     assert not [name for group in GROUPS for name in options(group) if name.startswith("_")]
 

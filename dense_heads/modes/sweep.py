@@ -41,7 +41,7 @@ def main(cfg: DictConfig) -> float | None:
         cfg.resume = "auto"  # the cluster started this job again
     space = read_space(cfg)
     total = num_trials(cfg, space)
-    trials = Trials(_base(cfg, space))
+    trials = Trials(_base(cfg, space), cfg.output_dir)
     started = time.monotonic()
     if is_worker():
         trials.begin(Path(cfg.run_dir), with_bar=False)

@@ -30,9 +30,9 @@ from dense_heads.training.reporting import Report, Reporting
 class Trials:
     """Runs trials one after another in one process; the frozen backbone stays while its config does."""
 
-    def __init__(self, base: Sequence[str]) -> None:
-        """`base`: what was typed for every trial."""
-        self.base = list(base)
+    def __init__(self, base: Sequence[str], output_dir: str) -> None:
+        """`base`: what was typed for every trial; `output_dir`: of the command, where a cache may lie."""
+        self.base, self.output_dir = list(base), output_dir
         self.folder, self.with_bar = Path(), False
         self._backbone: tuple[dict[str, Any], FrozenBackbone] | None = None
         self._checked: list[Any] = []
@@ -50,6 +50,7 @@ class Trials:
         """A trial's config, inside the block also that of the command; pictures are drawn of the best one only."""
         with as_command([*self.base, *overrides]) as cfg:
             refuse_bad_values(cfg)
+            cfg.output_dir = self.output_dir
             if cfg.trainer.devices == "auto":
                 cfg.trainer.devices = 1  # several are several workers
             for name, wanted in (("pictures", pictures), ("progress", self.with_bar)):
