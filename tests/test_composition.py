@@ -22,6 +22,7 @@ from dense_heads.errors import UserError
 from dense_heads.heads.base import Head
 from dense_heads.models.inference import Inference
 from dense_heads.paths import CONF_DIR, TASKS_DIR
+from dense_heads.ray_launcher import register_launcher
 from dense_heads.registry import register_tasks
 from tests.factories import composed
 
@@ -37,6 +38,7 @@ COMPLETED = {
     "callbacks.pictures": ((), {"folder": "run", "panel": print, "label_key": "mask"}),
     "logger.tensorboard": ((), {"save_dir": "run"}),
     "logger.wandb": ((), {"folder": Path("run"), "config": {}}),
+    "sweep.sampler": ((), {"seed": 0}),
 }
 
 
@@ -70,7 +72,8 @@ def arguments(node):
 
 
 def test_every_folder_of_conf_is_a_known_group():
-    assert {path.name for path in CONF_DIR.iterdir() if path.is_dir()} == set(GROUPS)
+    folders = {path.name for path in CONF_DIR.iterdir() if path.is_dir()} - {"hydra"}  # Hydra's own group of launchers
+    assert folders == set(GROUPS)
     assert all(options(group) for group in GROUPS)
 
 
@@ -135,6 +138,33 @@ def test_trainers_are_made(option, tmp_path, monkeypatch):
     cfg = with_option("trainer", option)
     trainer = instantiate(cfg.trainer, accelerator="cpu", logger=False, enable_checkpointing=False)
     assert trainer.max_steps == cfg.task.protocol.max_steps
+
+
+@pytest.mark.parametrize("kind", ["sampler", "pruner"])
+def test_samplers_and_pruners_are_made(kind):
+    for option in options(f"sweep/{kind}"):
+        node = composed("sweep=lr", f"sweep/{kind}={option}").sweep[kind]
+        signature = inspect.signature(get_object(node["_target_"]))
+        assert arguments(node).keys() <= signature.parameters.keys(), option
+        base = get_object({"sampler": "optuna.samplers.BaseSampler", "pruner": "optuna.pruners.BasePruner"}[kind])
+        made = instantiate(node)
+        assert isinstance(made(seed=0) if kind == "sampler" else made, base), option
+
+
+def test_launchers_name_what_hydra_has():
+    """Each option chooses a launcher whose every key is an argument of its class, and turns multirun on."""
+    from hydra import compose, initialize_config_dir
+    from hydra.core.plugins import Plugins
+
+    register_launcher()
+    classes = Plugins.instance().class_name_to_class
+    with initialize_config_dir(str(CONF_DIR), version_base="1.3"):
+        for option in options("launcher"):
+            node = compose("config", [f"launcher={option}"], return_hydra_config=True).hydra
+            assert str(node.mode) == "RunMode.MULTIRUN"
+            known = inspect.signature(classes[node.launcher._target_]).parameters
+            keys = {str(key) for key in node.launcher} - {"_target_"}
+            assert keys <= known.keys() or any(one.kind == one.VAR_KEYWORD for one in known.values()), option
 
 
 @pytest.mark.parametrize("option", options("callbacks"))
