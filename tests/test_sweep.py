@@ -192,6 +192,7 @@ class Killed(BaseException):
     """Nothing on the way catches it, as nothing catches SIGKILL."""
 
 
+@pytest.mark.slow
 def test_killed_at_every_write_to_the_study(tiny, tmp_path, monkeypatch):
     """A write or two further at each start; then, before a write, within it, or after it, the process is gone."""
     space = "sweep.space={optim.lr: {low: 1e-4, high: 1e-1, log: true}}"
