@@ -23,6 +23,7 @@ from dense_heads.models.dense import FrozenBackbone
 from dense_heads.modes.fit import keep, train, validate
 from dense_heads.modes.folder import keep_run
 from dense_heads.modes.outcome import Measured
+from dense_heads.ops.files import write_atomically
 from dense_heads.training.loggers import finish_loggers
 from dense_heads.training.reporting import Report, Reporting
 
@@ -84,7 +85,9 @@ class Trials:
         folder = self.folder_of(number)
         folder.mkdir(parents=True, exist_ok=True)
         if (self.folder / SPLIT_FILE).is_file() and not (folder / SPLIT_FILE).is_file():
-            shutil.copy(self.folder / SPLIT_FILE, folder)  # all trials hold out the same images
+            write_atomically(
+                folder / SPLIT_FILE, (self.folder / SPLIT_FILE).read_bytes()
+            )  # all hold out the same images
         with _log_into(folder / "log.txt"), self.composed(overrides) as cfg:
             cfg.resume, cfg.run_dir = "auto", str(folder)
             parts = self.parts(cfg)
@@ -96,7 +99,7 @@ class Trials:
                 return None
             validate(trained.trainer, parts)
             scores = parts.module.results["val"].scores[parts.module.leader()]
-            seconds = {"train": trained.seconds}
+            seconds = trained.seconds
             measured = Measured(
                 cfg, parts, "val", trained.trainer.global_step, seconds, HydraConfig.get().runtime.choices
             )
