@@ -9,6 +9,7 @@ from PIL import Image
 
 import dense_heads
 from dense_heads.__main__ import main
+from dense_heads.build import heads
 from dense_heads.heads.dpt import DPTHead
 from dense_heads.heads.linear_depth import LinearDepthHead
 from tests.factories import DATA, make_depth_folders, make_kitti, make_nyu_depth
@@ -159,6 +160,18 @@ def test_a_released_linear_head_has_the_range_that_was_asked_for(tmp_path, vits,
     assert depth.shape == (40, 60) and depth.dtype == np.float32 and 0 < depth.min() and depth.max() <= largest
     batch = torch.randn(2, 3, 30, 45)
     assert model(batch).shape == (2, 30, 45)
+
+
+def test_the_ranges_are_told_of_once_and_loud_enough_for_programs(tmp_path, vits, monkeypatch):
+    """A warning: where no logging has been set up, as in a notebook, nothing less is shown."""
+    told = []
+    monkeypatch.setattr(heads.log, "warning", told.append)
+    heads._tell_of_range.cache_clear()
+    file = released(tmp_path / "dinov2_vits14_nyu_linear_head.pth", LinearDepthHead([384]))
+    for asked, number in (("hub", 0), ((0.5, 4.0), 0), (None, 1), (None, 1)):
+        dense_heads.load_head("linear_depth", backbone=vits, weights=file, range=asked)
+        assert len(told) == number
+    assert "10 m reproduces the published numbers, head.range=hub what the hub entry gives" in told[0]
 
 
 def test_a_released_dpt_predicts_at_once(tmp_path, vits):

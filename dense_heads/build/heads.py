@@ -15,7 +15,7 @@ from dense_heads.backbones.zoo import resolve_blocks
 from dense_heads.build.config import plain, recomposed
 from dense_heads.errors import UserError, unknown_name
 from dense_heads.heads.base import Head
-from dense_heads.heads.depth_range import hub_range, range_notice
+from dense_heads.heads.depth_range import hub_range, published_range, range_notice
 from dense_heads.heads.official import load_head_weights, official_head_url
 from dense_heads.models.dense import FrozenBackbone
 from dense_heads.ops.seeding import forked_rng, stable_seed
@@ -120,8 +120,15 @@ def _set_range(cfg: DictConfig, head_cfg: DictConfig, option: str) -> None:
         return
     if asked == "hub":
         head_cfg.min_m, head_cfg.max_m = hub_range(cfg.task.released, option)
-    elif head_cfg.get("weights") is not None and (notice := range_notice(cfg.task.released, option)):
-        log.info(notice)
+    elif head_cfg.get("weights") is not None and head_cfg.max_m == published_range(cfg.task.released)[1]:
+        _tell_of_range(range_notice(cfg.task.released, option))
+
+
+@functools.cache
+def _tell_of_range(notice: str | None) -> None:
+    """Once in a process; a warning, since a program without our logging shows nothing less."""
+    if notice is not None:
+        log.warning(notice)
 
 
 def measured_only(cfg: DictConfig, head: Head) -> Candidate:

@@ -76,6 +76,34 @@ def test_gradient_runs_over_pixels_of_the_whole_batch(batch):
     assert total > 1  # the original's is 0 for two images
 
 
+@pytest.mark.parametrize("shape", [(1, 97, 130), (3, 64, 81), (16, 30, 40)])
+@pytest.mark.parametrize("seed", [1, 2, 3])
+def test_sig_and_gradient_on_other_seeds(seed, shape):
+    """In float64 and in another form: the variance from sums of squares, differences by slices of shifted images."""
+    rng = np.random.default_rng(seed)
+    target = np.exp(rng.normal(1, 0.6, shape))
+    depth = target * np.exp(rng.normal(0.1, 0.3, shape))
+    target[rng.uniform(size=shape) < 0.25] = 0
+    depth, target = depth.astype(np.float32), target.astype(np.float32)
+    measured = target > 0
+    g = np.zeros(shape)
+    g[measured] = np.log(depth[measured] + np.float64(1e-3)) - np.log(target[measured] + np.float64(1e-3))
+    n, s, s2 = measured.sum(), g.sum(), (g**2).sum()
+    sig = np.sqrt((s2 - s**2 / n) / (n - 1) + 0.15 * (s / n) ** 2)
+    gradient = 0.0
+    for stride in (1, 2, 4, 6):
+        own, m = g[:, ::stride, ::stride], measured[:, ::stride, ::stride]
+        for axis in (1, 2):
+            both = np.delete(m, (0, 1), axis) & np.delete(m, (-1, -2), axis)
+            steps = np.abs(np.delete(own, (0, 1), axis) - np.delete(own, (-1, -2), axis))
+            gradient += steps[both].sum() / m.sum()
+    tensors = torch.from_numpy(depth), torch.from_numpy(target)
+    assert DepthLoss(gradient=0.0).eval()(*tensors).item() == pytest.approx(sig, rel=1e-5)
+    assert DepthLoss(sig=0.0, gradient=1.0)(*tensors).item() == pytest.approx(gradient, rel=1e-5)
+    warm = DepthLoss(gradient=0.0).train()(*tensors).item()
+    assert warm == pytest.approx(np.sqrt(0.15) * abs(s / n), rel=1e-5)
+
+
 def test_ssi_by_hand(batch):
     depth, target, valid = in_numpy(batch)
 
