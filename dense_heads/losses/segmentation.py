@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dense_heads.errors import UserError
+from dense_heads.losses.cross_entropy import Terms, map_cross_entropy
+from dense_heads.ops.pad import Placement
 from dense_heads.structures import IGNORE_INDEX
 
 
@@ -97,25 +99,45 @@ class SegmentationLoss(nn.Module):
                 loss = loss + weight * self.region_losses[name](logits, target)
         return loss
 
+    def of_map(self, map: Tensor, target: Tensor, placement: Placement) -> Tensor:
+        """The same for a head's map, enlarged to the label's size; cross-entropy alone never has full-size logits.
+
+        Args:
+            map: (B, K, h, w), at any resolution.
+            target: as in `forward`.
+            placement: how the map lies on the label's pixels.
+        """
+        map = map.float()
+        if self.region_weights or map.shape[-2:] == placement.padded_size:
+            loss: Tensor = self(placement.enlarge(map), target)
+            return loss
+        terms = Terms(self._checked_class_weights(map.shape[1]), self.ignore_index, self.label_smoothing)
+        return self.cross_entropy_weight * self._divided(map_cross_entropy(map, target, placement, terms), target)
+
     def _cross_entropy(self, logits: Tensor, target: Tensor) -> Tensor:
-        weights = self.class_weights
-        if weights is not None:
-            if len(weights) != logits.shape[1]:
-                raise UserError(
-                    f"loss.class_weights has {len(weights)} values; expected one for each of the {logits.shape[1]} "
-                    "classes, in the order of classes.txt."
-                )
         total = F.cross_entropy(
             logits,
             target,
-            weight=weights,
+            weight=self._checked_class_weights(logits.shape[1]),
             ignore_index=self.ignore_index,
             reduction="sum",
             label_smoothing=self.label_smoothing,
         )
+        return self._divided(total, target)
+
+    def _divided(self, total: Tensor, target: Tensor) -> Tensor:
         if not self.avg_non_ignore:
             return total / target.numel()
         return total / (target != self.ignore_index).sum().clamp(min=1)
+
+    def _checked_class_weights(self, num_classes: int) -> Tensor | None:
+        weights = self.class_weights
+        if weights is not None and len(weights) != num_classes:
+            raise UserError(
+                f"loss.class_weights has {len(weights)} values; expected one for each of the {num_classes} classes, in "
+                "the order of classes.txt."
+            )
+        return weights
 
 
 def _region_losses(names: Sequence[str], ignore_index: int) -> dict[str, nn.Module]:

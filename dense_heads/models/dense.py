@@ -22,10 +22,9 @@ from dense_heads.errors import UserError
 from dense_heads.heads.base import Head
 from dense_heads.models.card import Card
 from dense_heads.models.inference import Inference
-from dense_heads.ops.pad import fit_to_patch, unpad_map
+from dense_heads.ops.pad import Placement, fit_to_patch
 from dense_heads.ops.precision import resolve_precision
-from dense_heads.ops.resize import resize
-from dense_heads.structures import FeatureRequest, Features, Levels, Size, View
+from dense_heads.structures import NO_PADDING, FeatureRequest, Features, Levels, Size, View
 
 
 class FrozenBackbone(nn.Module):
@@ -99,24 +98,25 @@ class FrozenBackbone(nn.Module):
             cls_tokens[level] = tokens[:, 0]
         return Levels(patch_maps, cls_tokens, (int(images.shape[-2]), int(images.shape[-1])), padding)
 
-    def at_image_size(self, output: Tensor, features: Features) -> Tensor:
-        """A head's map (B, K, h', w') at the size of the image that the features came from.
+    def placement(self, features: Features | Levels) -> Placement:
+        """How a head's map of these features lies on the image that they came from.
 
         With `pad` the map of the padded image is resized straight to the unpadded size, as the original does; the
-        slight misalignment is part of the published numbers. `pad_exact` cuts the padding out first.
+        slight misalignment is part of the published numbers. `pad_exact` cuts the padding out.
         """
-        if self.patch_fit == "pad_exact":
-            padding, (height, width) = features.padding, features.image_size
-            padded = (height + padding.top + padding.bottom, width + padding.left + padding.right)
-            return unpad_map(output, padding, padded, features.image_size)
-        return resize(output, features.image_size)
+        return Placement(features.image_size, features.padding if self.patch_fit == "pad_exact" else NO_PADDING)
 
-    def predict_all(self, seen: Tensor | Levels, heads: Sequence[Head]) -> list[Tensor]:
-        """One map (B, K, H, W) at the images' own size for each head, from one backbone pass or from its features."""
+    def maps(self, seen: Tensor | Levels, heads: Sequence[Head]) -> tuple[list[Tensor], Placement]:
+        """Each head's map (B, K, h', w') in float32, from one backbone pass or from its features, and its place."""
         requests = [self.request(head) for head in heads]
         levels = (seen if isinstance(seen, Levels) else self(seen, requests)).float()
         each = [levels.features(request) for request in requests]
-        return [self.at_image_size(head(features), features) for head, features in zip(heads, each, strict=True)]
+        return [head(features).float() for head, features in zip(heads, each, strict=True)], self.placement(levels)
+
+    def predict_all(self, seen: Tensor | Levels, heads: Sequence[Head]) -> list[Tensor]:
+        """One map (B, K, H, W) at the images' own size for each head, from one backbone pass or from its features."""
+        maps, placement = self.maps(seen, heads)
+        return [placement.enlarge(map) for map in maps]
 
 
 def _leave_out_of_state_dict(module: nn.Module, state: Mapping[str, Any], prefix: str, _: Any) -> None:

@@ -1,11 +1,14 @@
 """Fitting an image to the patch grid of a backbone, and a map back to the image."""
 
+from typing import NamedTuple
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from dense_heads.errors import UserError, unknown_name
-from dense_heads.ops.resize import resize
-from dense_heads.structures import Padding, Size
+from dense_heads.ops.resize import resize, resize_matrix
+from dense_heads.structures import NO_PADDING, Padding, Size
 
 POLICIES = ("pad", "pad_exact", "crop", "resize")
 
@@ -77,6 +80,30 @@ def unpad_map(map: Tensor, padding: Padding, padded_size: Size, size: Size) -> T
     )
     full = resize(map, padded_size)
     return full[..., padding.top : padding.top + height, padding.left : padding.left + width]
+
+
+class Placement(NamedTuple):
+    """How a map that covers a fitted image, at any resolution, comes to lie on the image's own pixels."""
+
+    size: Size  # (height, width) of the image
+    padding: Padding = NO_PADDING  # cut off after resizing; none where the map is resized straight to the image
+
+    @property
+    def padded_size(self) -> Size:
+        """What the map is resized to before the padding is cut off."""
+        (height, width), padding = self.size, self.padding
+        return height + padding.top + padding.bottom, width + padding.left + padding.right
+
+    def enlarge(self, map: Tensor) -> Tensor:
+        """(B, K, h, w) -> (B, K, *size)."""
+        return unpad_map(map, self.padding, self.padded_size, self.size)
+
+    def matrices(self, resolution: Size, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """`enlarge` of a map of (h, w) as products with matrices (H, h) and (W, w); on the CPU."""
+        (height, width), padded, padding = self.size, self.padded_size, self.padding
+        rows = resize_matrix(resolution[0], padded[0], dtype)[padding.top : padding.top + height]
+        columns = resize_matrix(resolution[1], padded[1], dtype)[padding.left : padding.left + width]
+        return rows, columns
 
 
 def _nearest(length: int, patch_size: int) -> int:

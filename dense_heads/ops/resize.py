@@ -1,5 +1,6 @@
 """The one way maps and images are resized."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -22,3 +23,11 @@ def resize(x: Tensor, size: Size) -> Tensor:
     if tuple(x.shape[-2:]) == tuple(size):
         return x
     return F.interpolate(x, size=tuple(size), mode="bilinear", align_corners=False, antialias=False)
+
+
+def resize_matrix(length: int, size: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """(size, length): `resize` of one dimension as a matrix, at most two weights in a row; on the CPU.
+
+    Bilinear resizing is separable: of both dimensions it is `rows @ x @ columns.T` for each channel.
+    """
+    return resize(torch.eye(length, dtype=dtype)[None, None], (size, length))[0, 0]

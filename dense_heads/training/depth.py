@@ -27,7 +27,7 @@ class DepthModule(DenseModule):
         """The candidate's loss on metres brought to label resolution."""
         depth_m = batch["depth_m"]
         assert isinstance(depth_m, Tensor)
-        loss: Tensor = candidate.loss(self.backbone.at_image_size(output.float(), features)[:, 0], depth_m)
+        loss: Tensor = candidate.loss(self.backbone.placement(features).enlarge(output.float())[:, 0], depth_m)
         return loss
 
     def predict(self, batch: Batch) -> list[list[Tensor]]:

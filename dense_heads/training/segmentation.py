@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from dense_heads.losses.segmentation import SegmentationLoss
 from dense_heads.metrics.segmentation import SCORES, ConfusionMatrix, per_class, scores
 from dense_heads.models.inference import Inference
 from dense_heads.models.segmentor import label_maps
@@ -25,7 +26,10 @@ class LabelModule(DenseModule):
         """The candidate's loss on logits brought to label resolution."""
         mask = self.labels(batch)
         assert isinstance(mask, Tensor)
-        loss: Tensor = candidate.loss(self.backbone.at_image_size(output.float(), features), mask)
+        placement = self.backbone.placement(features)
+        if isinstance(candidate.loss, SegmentationLoss):
+            return candidate.loss.of_map(output, mask, placement)
+        loss: Tensor = candidate.loss(placement.enlarge(output.float()), mask)
         return loss
 
     def labels(self, batch: Batch) -> Tensor | list[Tensor]:
