@@ -130,6 +130,9 @@ class SeenView:
 View = Tensor | SeenView  # (C, H, W) normalised pixels, or their features
 
 
+Detection = dict[str, Tensor]  # of one image: boxes (n, 4) xyxy pixels, scores (n,), labels (n,); masks (n, M, M)
+
+
 class Batch(TypedDict, total=False):
     """One batch of any task; each task fills the keys that it has.
 
@@ -147,8 +150,11 @@ class Batch(TypedDict, total=False):
     boxes: list[Tensor]  # per image (n, 4) xyxy pixels
     labels: list[Tensor]  # per image (n,) int64
     instance_masks: list[Tensor]  # per image (n, H, W) bool
-    iscrowd: list[Tensor]
-    area: list[Tensor]
+    iscrowd: list[Tensor]  # per image (n,) bool
+    difficult: list[Tensor]  # per image (n,) bool
+    area: list[Tensor]  # per image (n,) float64 pixels, as annotated
+    mask_codes: list[tuple[str, ...]]  # per image the run-length codes of its n masks, at the image's own size
+    coco_id: list[int]  # of the images, in COCO files
     class_id: Tensor  # (B,)
     size: Tensor  # (B, 2) of the image as the model sees it
     original_size: Tensor  # (B, 2) of the image on disk

@@ -1,5 +1,6 @@
 """Makers of small fake data in the official on-disk layouts: true folders and formats, pixels that can be learnt."""
 
+import json
 from functools import cache
 from pathlib import Path
 
@@ -196,4 +197,113 @@ def make_sun_rgbd(root, num=2):
         save(root / names[1], (stored << 3) | (stored >> 13))
         lines.append(" ".join(names))
     (root / "SUNRGBD_val_splits.txt").write_text("\n".join(lines) + "\n")
+    return root
+
+
+SHAPES = ("disc", "square", "ring")  # the classes of fake objects, each of a colour of its own
+
+
+def fake_objects(seed, size=(84, 112), num=4):
+    """An image with shapes on noise; boxes xyxy (n, 4) int, labels (n,), masks (n, H, W) of what is visible."""
+    rng = np.random.default_rng(seed)
+    image = rng.normal(90, 12, (*size, 3))
+    owner = np.full(size, -1)
+    labels = []
+    rows, columns = np.indices(size)
+    for number in range(num):
+        side = int(rng.integers(18, 40))
+        top, left = (int(rng.integers(0, length - side)) for length in size)
+        label = int(rng.integers(len(SHAPES)))
+        far = np.hypot(rows - top - (side - 1) / 2, columns - left - (side - 1) / 2) / (side / 2)
+        inside = (rows >= top) & (rows < top + side) & (columns >= left) & (columns < left + side)
+        shape = (far <= 1, inside, (far <= 1) & (far > 0.5))[label]
+        owner[shape] = number
+        image[shape] = np.array([(220, 60, 50), (50, 90, 220), (240, 220, 60)][label]) + rng.normal(0, 8, 3)
+        labels.append(label)
+    masks = np.array([owner == number for number in range(num)]).reshape(num, *size)
+    seen = masks.sum(axis=(1, 2)) > 20
+    masks, labels = masks[seen], np.array(labels, dtype=int)[seen]
+    boxes = [[m.any(0).nonzero()[0][0], m.any(1).nonzero()[0][0], m.any(0).nonzero()[0][-1] + 1,
+              m.any(1).nonzero()[0][-1] + 1] for m in masks]  # fmt: skip
+    return image.clip(0, 255).astype(np.uint8), np.array(boxes, dtype=int).reshape(-1, 4), labels, masks
+
+
+def coco_of(scenes, first_id=7, category_ids=(2, 5, 9)):
+    """A COCO file (as a dict) of (file name, what `fake_objects` gave); ids of categories have gaps."""
+    from dense_heads.ops import masks as codes
+
+    content = {"images": [], "annotations": [], "categories": []}
+    for category, name in zip(category_ids, SHAPES, strict=True):
+        content["categories"].append({"id": category, "name": name, "supercategory": "shape"})
+    for image_id, (name, (image, boxes, labels, masks)) in enumerate(scenes, start=first_id):
+        height, width = image.shape[:2]
+        content["images"].append({"id": image_id, "file_name": name, "height": height, "width": width})
+        for (x0, y0, x1, y1), label, mask in zip(boxes.tolist(), labels, masks, strict=True):
+            content["annotations"].append(
+                {
+                    "id": len(content["annotations"]) + 1,
+                    "image_id": image_id,
+                    "category_id": category_ids[label],
+                    "bbox": [x0, y0, x1 - x0, y1 - y0],
+                    "area": int(mask.sum()),
+                    "iscrowd": 0,
+                    "segmentation": {"size": [height, width], "counts": codes.encode(mask)},
+                }
+            )
+    return content
+
+
+def make_coco(root, train=6, val=3, sizes=((84, 112),), annotations="annotations/instances_{}.json", images="{}"):
+    """COCO JSON with splits train and val; one image of each split has no objects."""
+    for split, num, seed in (("train", train, 0), ("val", val, 100)):
+        scenes = []
+        for i in range(num):
+            found = fake_objects(seed + i, sizes[i % len(sizes)], num=0 if i == 1 else 4)
+            save(root / images.format(split) / f"{split}{i}.png", found[0])
+            scenes.append((f"{split}{i}.png", found))
+        path = root / annotations.format(split)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(coco_of(scenes)))
+    return root
+
+
+def make_voc_xml(root, year=2007, lists=(("trainval", 4), ("test", 2))):
+    """VOCdevkit/VOCyear with XML files; the first object of each image is difficult where there are several."""
+    folder = root / f"VOC{year}"
+    (folder / "ImageSets" / "Main").mkdir(parents=True)
+    (folder / "Annotations").mkdir()
+    for first, (name, num) in enumerate(lists):
+        ids = [f"{100 * first + i:06d}" for i in range(num)]
+        for i in ids:
+            image, boxes, labels, _ = fake_objects(int(i))
+            save(folder / "JPEGImages" / f"{i}.jpg", image)
+            objects = "".join(
+                f"<object><name>{('cat', 'dog', 'person')[label]}</name><difficult>{int(k == 0 and len(boxes) > 1)}"
+                f"</difficult><bndbox><xmin>{x0 + 1}</xmin><ymin>{y0 + 1}</ymin><xmax>{x1}</xmax><ymax>{y1}</ymax>"
+                "</bndbox></object>"
+                for k, ((x0, y0, x1, y1), label) in enumerate(zip(boxes, labels, strict=True))
+            )
+            size = f"<size><width>{image.shape[1]}</width><height>{image.shape[0]}</height><depth>3</depth></size>"
+            (folder / "Annotations" / f"{i}.xml").write_text(f"<annotation>{size}{objects}</annotation>")
+        (folder / "ImageSets" / "Main" / f"{name}.txt").write_text("\n".join(ids) + "\n")
+    return root
+
+
+def make_yolo(root, train=4, val=2, polygons=False):
+    """data.yaml, images/ and labels/; with polygons in place of boxes (of the boxes' corners) where asked."""
+    for split, num, seed in (("train", train, 0), ("val", val, 100)):
+        for i in range(seed, seed + num):
+            image, boxes, labels, _ = fake_objects(i)
+            height, width = image.shape[:2]
+            save(root / "images" / split / f"{i:03d}.png", image)
+            lines = []
+            for (x0, y0, x1, y1), label in zip(boxes, labels, strict=True):
+                share = [(x0 + x1) / 2 / width, (y0 + y1) / 2 / height, (x1 - x0) / width, (y1 - y0) / height]
+                if polygons:
+                    share = [x0 / width, y0 / height, x1 / width, y0 / height, x1 / width, y1 / height]
+                lines.append(" ".join([str(label), *(f"{value:.6f}" for value in share)]))
+            path = root / "labels" / split / f"{i:03d}.txt"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("\n".join(lines))
+    (root / "data.yaml").write_text(f"train: images/train\nval: images/val\nnames: {list(SHAPES)}\n")
     return root

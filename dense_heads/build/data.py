@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from hydra.utils import instantiate
 from omegaconf import DictConfig
@@ -12,13 +12,20 @@ from torch.utils.data import Dataset
 
 from dense_heads.data.classes import Classes
 from dense_heads.data.datasets.base import Split
-from dense_heads.data.labels import LabelRule
 from dense_heads.data.unaugmented import without_chance
 from dense_heads.errors import UserError
 from dense_heads.models.card import read_card
 from dense_heads.ops.files import write_atomically
 
 SPLIT_FILE = "split.json"  # in the run folder: the split that was drawn because the data had none
+
+
+class HasSettings(Protocol):
+    """What was decided about labels from the data, to be kept in the card."""
+
+    def settings(self) -> dict[str, Any]:
+        """Plain values."""
+        ...
 
 
 @dataclass
@@ -34,7 +41,8 @@ class Loaded:
     notes: list[str]
     made_split: dict[str, list[str]] | None = None
     classes: Classes = field(kw_only=True)
-    labels: LabelRule | None = None
+    labels: HasSettings | None = None
+    groups: list[list[int]] | None = None  # the classes of each training sample, where sampling goes by them
     support: Dataset[Any] | None = None  # training images as evaluation sees them, for heads without training
     settings: dict[str, Any] = field(default_factory=dict)  # what the data decide of the family's model
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.utils import instantiate
+from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from dense_heads.backbones.download import fetch
@@ -16,6 +16,7 @@ from dense_heads.build.config import plain, recomposed
 from dense_heads.errors import UserError, unknown_name
 from dense_heads.heads.base import Head
 from dense_heads.heads.depth_range import hub_range, published_range, range_notice
+from dense_heads.heads.detection import DetectionHead
 from dense_heads.heads.official import load_head_weights, official_head_url
 from dense_heads.models.dense import FrozenBackbone
 from dense_heads.ops.seeding import forked_rng, stable_seed
@@ -34,7 +35,7 @@ def backbone(cfg: DictConfig) -> FrozenBackbone:
     return FrozenBackbone(instantiate(arguments), arguments.get("patch_fit", "pad"), **how)
 
 
-def make_candidates(cfg: DictConfig, frozen: FrozenBackbone, num_outputs: int) -> list[Candidate]:
+def make_candidates(cfg: DictConfig, frozen: FrozenBackbone, num_outputs: int | None) -> list[Candidate]:
     """The heads to train: the composed one, or with `head=grid` every combination of its lists."""
     if "heads" in cfg.head:
         return [_candidate(cfg, frozen, num_outputs, head, settings) for head, settings in _grid(cfg)]
@@ -42,7 +43,7 @@ def make_candidates(cfg: DictConfig, frozen: FrozenBackbone, num_outputs: int) -
 
 
 def _candidate(
-    cfg: DictConfig, frozen: FrozenBackbone, num_outputs: int, head_cfg: DictConfig, settings: dict[str, Any]
+    cfg: DictConfig, frozen: FrozenBackbone, num_outputs: int | None, head_cfg: DictConfig, settings: dict[str, Any]
 ) -> Candidate:
     name = " ".join(f"{key}={value}" for key, value in settings.items()) or HydraConfig.get().runtime.choices["head"]
     option = str(settings.get("head", HydraConfig.get().runtime.choices["head"]))
@@ -89,8 +90,20 @@ def option_of_grid(cfg: DictConfig, settings: Mapping[str, Any]) -> DictConfig:
     return head_cfg
 
 
-def make_head(cfg: DictConfig, head_cfg: DictConfig, option: str, frozen: FrozenBackbone, num_outputs: int) -> Head:
-    """The head that an option of group `head` describes, with its weights where `head.weights` names some."""
+def make_head(
+    cfg: DictConfig, head_cfg: DictConfig, option: str, frozen: FrozenBackbone, num_outputs: int | None
+) -> Head:
+    """The head that an option of group `head` describes, with its weights where `head.weights` names some.
+
+    Raises:
+        UserError: a head of another kind than the task's family, classes that are not known, weights that do not fit.
+    """
+    if num_outputs is None:
+        raise UserError(f"task={cfg.task.name}: how many classes there are is not known here. Set task.num_classes=K.")
+    detects = issubclass(get_class(head_cfg._target_), DetectionHead)
+    if detects != (cfg.task.family == "detection"):
+        kind = "finds objects" if detects else "predicts maps"
+        raise UserError(f"head={option} {kind}, which task={cfg.task.name} ({cfg.task.family}) has no use for. --help")
     _set_range(cfg, head_cfg, option)
     # Resolved as a whole: a copy of some keys would lose its parent, and with it what interpolations point to.
     partial: functools.partial[Head] = instantiate(

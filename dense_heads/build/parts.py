@@ -12,7 +12,7 @@ from typing import Any
 from omegaconf import DictConfig
 from torch.utils.data import Subset
 
-from dense_heads.build import depth, medical, segmentation
+from dense_heads.build import depth, detection, medical, segmentation
 from dense_heads.build.cache import resolve_cache, with_features
 from dense_heads.build.config import is_random
 from dense_heads.build.data import Loaded
@@ -29,7 +29,12 @@ log = logging.getLogger("dense_heads")
 
 # A family is a module with `load`, `module`, `num_outputs`, `classes`, `labels`, `pictures`, `writer`, `conventions`;
 # where there is something to say without looking at an image, also `blind`.
-FAMILIES: dict[str, ModuleType] = {"segmentation": segmentation, "depth": depth, "medical": medical}
+FAMILIES: dict[str, ModuleType] = {
+    "segmentation": segmentation,
+    "depth": depth,
+    "medical": medical,
+    "detection": detection,
+}
 
 
 @dataclass
@@ -95,6 +100,7 @@ def make_parts(
         collate_train=loaded.collate_train,
         collate_eval=loaded.collate_eval,
         max_steps=cfg.trainer.max_steps,
+        groups=loaded.groups,
     )
     notes = [*fed.notes, *looked]
     if is_random(cfg.backbone):

@@ -19,17 +19,18 @@ class Classes:
     own_colours: bool  # the file gave the colours; they then also decode RGB masks
 
 
-def read_classes(path: str | Path | None, num_classes: int) -> Classes:
+def read_classes(path: str | Path | None, num_classes: int | None) -> Classes:
     """Read `classes.txt`: one class a line, `name` and optionally a tab and `R,G,B`.
 
     Without a path the classes are called `class 0`, `class 1`, ... Where no line gives a colour, colours come from
-    `default_palette`.
+    `default_palette`. With None as `num_classes` the file says how many there are.
 
     Raises:
         UserError: no such file, not `num_classes` lines, a colour that is none, colours on some lines only, or a name
             that stands there twice.
     """
     if path is None:
+        assert num_classes is not None
         return Classes(tuple(f"class {i}" for i in range(num_classes)), default_palette(num_classes), False)
     path = Path(path)
     try:
@@ -46,14 +47,14 @@ def read_classes(path: str | Path | None, num_classes: int) -> Classes:
         names.append(name)
         if colour:
             colours.append(_colour(colour, f"{path}, line {number}"))
-    if len(names) != num_classes:
+    if num_classes is not None and len(names) != num_classes:
         raise UserError(
             f"{path}: {len(names)} classes, but num_classes is {num_classes}. Expected one line for each class (the "
             "ignored label has none). Fix task.num_classes or the file."
         )
     if colours and len(colours) != len(names):
         raise UserError(f"{path}: {len(colours)} of {len(names)} lines have a colour; expected all of them or none.")
-    palette = np.array(colours, dtype=np.uint8) if colours else default_palette(num_classes)
+    palette = np.array(colours, dtype=np.uint8) if colours else default_palette(len(names))
     return Classes(tuple(names), palette, bool(colours))
 
 

@@ -1,6 +1,6 @@
 """Loaders for any task family: what is trained by steps and measured once."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import cv2
@@ -31,6 +31,7 @@ class DataModule(LightningDataModule):
         eval_batch_size: images at a time, for each process.
         num_workers: processes that load, for each loader.
         seed: of the order of the samples.
+        groups: for each training sample its classes, to draw by; see StepBatchSampler.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class DataModule(LightningDataModule):
         eval_batch_size: int = 1,
         num_workers: int = 0,
         seed: int = 0,
+        groups: Sequence[Sequence[int]] | None = None,
     ) -> None:
         super().__init__()
         if eval_batch_size < 1 or num_workers < 0:
@@ -56,6 +58,7 @@ class DataModule(LightningDataModule):
         self.batch_size, self.max_steps = batch_size, max_steps
         self.collate_train, self.collate_eval = collate_train, collate_eval
         self.eval_batch_size, self.num_workers, self.seed = eval_batch_size, num_workers, seed
+        self.groups = groups
 
     def train_dataloader(self) -> DataLoader[Any]:
         """The rest of the training, from the Trainer's step on."""
@@ -71,6 +74,7 @@ class DataModule(LightningDataModule):
             start_step=(self.trainer.global_step if self.trainer else 0) * accumulate,
             rank=rank,
             world_size=world_size,
+            groups=self.groups,
         )
         return _StepLoader(self.train, batch_sampler=sampler, collate_fn=self.collate_train, **self._loading("train"))
 

@@ -1,6 +1,6 @@
 """Which samples a process sees, and when: functions of the seed and the step, never of history."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,9 @@ class StepBatchSampler(Sampler[list[tuple[int, int]]]):
         max_steps: the step (not the number of steps) at which the row ends.
         start_step: the first step that is taken.
         rank, world_size: this process, and how many there are.
+        groups: for each sample the classes that it has. An epoch is then no permutation but n draws, each of a class
+            and then of a sample that has it, so that rare classes are seen as often as common ones; samples without
+            any class count as a class of their own.
 
     Raises:
         UserError: no samples, or a batch size that the processes cannot share equally.
@@ -39,6 +42,7 @@ class StepBatchSampler(Sampler[list[tuple[int, int]]]):
         start_step: int = 0,
         rank: int = 0,
         world_size: int = 1,
+        groups: Sequence[Sequence[int]] | None = None,
     ) -> None:
         if num_samples < 1:
             raise UserError("There are 0 training samples; expected at least 1. Look at the data set's train split.")
@@ -50,6 +54,7 @@ class StepBatchSampler(Sampler[list[tuple[int, int]]]):
         self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
         self.max_steps, self.start_step = max_steps, start_step
         self.rank, self.world_size = rank, world_size
+        self.members = None if groups is None else _members(groups)
         self._epoch = -1
         self._order: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)
 
@@ -66,8 +71,29 @@ class StepBatchSampler(Sampler[list[tuple[int, int]]]):
         epoch, place = divmod(position, self.num_samples)
         if epoch != self._epoch:  # positions only grow, so one permutation at a time is enough
             rng = np.random.default_rng(stable_seed("order", self.seed, epoch))
-            self._epoch, self._order = epoch, rng.permutation(self.num_samples)
+            self._epoch, self._order = epoch, self._drawn(rng)
         return epoch, int(self._order[place])
+
+    def _drawn(self, rng: np.random.Generator) -> npt.NDArray[np.int64]:
+        """The samples of one epoch."""
+        if self.members is None:
+            return rng.permutation(self.num_samples)
+        rows = [rng.permutation(members) for members in self.members]
+        used = [0] * len(rows)
+        order = np.empty(self.num_samples, dtype=np.int64)
+        for place, chosen in enumerate(rng.integers(len(rows), size=self.num_samples)):
+            order[place] = rows[chosen][used[chosen] % len(rows[chosen])]
+            used[chosen] += 1
+        return order
+
+
+def _members(groups: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The samples of each class that occurs, and those of none."""
+    members: dict[int, list[int]] = {}
+    for sample, classes in enumerate(groups):
+        for one in set(classes) or {-1}:
+            members.setdefault(one, []).append(sample)
+    return [members[one] for one in sorted(members)]
 
 
 class EvalSampler(Sampler[int]):

@@ -19,12 +19,18 @@ from dense_heads.heads.base import Head
 from dense_heads.models.card import Card, read_card, write_card
 from dense_heads.models.dense import DenseModel, FrozenBackbone
 from dense_heads.models.depther import Depther
+from dense_heads.models.detector import Detector
 from dense_heads.models.medical import MedicalSegmentor
 from dense_heads.models.segmentor import Segmentor
 from dense_heads.ops.files import write_atomically
 
 HEAD_FILE = "head.safetensors"
-MODELS: dict[str, type[DenseModel]] = {"segmentation": Segmentor, "depth": Depther, "medical": MedicalSegmentor}
+MODELS: dict[str, type[DenseModel]] = {
+    "segmentation": Segmentor,
+    "depth": Depther,
+    "medical": MedicalSegmentor,
+    "detection": Detector,
+}
 
 
 def head_target(head: type) -> str:

@@ -135,6 +135,7 @@ class DenseModel(nn.Module):
 
     transform_type: type[EvalTransform] = EvalTransform
     inputs: Inputs = Pictures()  # what `mode=predict` finds and reads for it
+    inference_type: type[Inference] = Inference
 
     def __init__(self, backbone: FrozenBackbone, head: Head, card: Card) -> None:
         """`card` says how images are prepared and looked at; `transform` and `inference` may be changed after."""
@@ -143,7 +144,7 @@ class DenseModel(nn.Module):
         self.head = head
         self.card = card
         self.transform = self.transform_type(**{k: v for k, v in card.preprocessing.items() if k != "patch_fit"})
-        self.inference = Inference(**card.inference)
+        self.inference = self.inference_type(**card.inference)
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, C, H, W) normalised -> the head's prediction (B, K, H, W) at the batch's own size."""
@@ -158,7 +159,6 @@ class DenseModel(nn.Module):
         """Where the head is; one without training has buffers only."""
         return next(itertools.chain(self.head.parameters(), self.head.buffers())).device
 
-    @torch.inference_mode()
     def predict(self, image: Any) -> np.ndarray:
         """The prediction (H, W) at the image's own size: class ids int64, or metres float32.
 
@@ -167,7 +167,13 @@ class DenseModel(nn.Module):
         Raises:
             UserError: the image cannot be read.
         """
-        pixels = read_image(image) if isinstance(image, str | Path) else to_uint8(image)
-        views = [view.to(self.device) for view in self.transform(pixels)]
-        prediction: np.ndarray = self.decode(views, (int(pixels.shape[0]), int(pixels.shape[1]))).cpu().numpy()
+        found, _ = self._decoded(image)
+        prediction: np.ndarray = found.cpu().numpy()
         return prediction
+
+    @torch.inference_mode()
+    def _decoded(self, image: Any) -> tuple[Any, Size]:
+        """What `decode` gives for an image of any kind, and its (height, width)."""
+        pixels = read_image(image) if isinstance(image, str | Path) else to_uint8(image)
+        size = (int(pixels.shape[0]), int(pixels.shape[1]))
+        return self.decode([view.to(self.device) for view in self.transform(pixels)], size), size

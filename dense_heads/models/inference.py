@@ -58,8 +58,13 @@ class Inference:
         """The windows of an image of (height, width) pixels."""
         if self.window is None:
             return [(0, 0, *size)]
-        stride = max(1, 2 * self.window // 3) if self.stride is None else self.stride
-        return window_boxes(size, self.window, stride)
+        return window_boxes(size, self.window, self.step)
+
+    @property
+    def step(self) -> int:
+        """Pixels from one window to the next."""
+        assert self.window is not None
+        return max(1, 2 * self.window // 3) if self.stride is None else self.stride
 
     def windows(self, size: Size) -> list[tuple[Box, bool]]:
         """(window, mirrored or not) of an image of (height, width) pixels, in the order in which it is looked at."""
@@ -107,7 +112,7 @@ def infer(
         look.averages.clear()  # the view's own map is not needed any more
 
     def forward(group: list[_Window]) -> None:
-        maps = predict(_together([window.content() for window in group]))
+        maps = predict(together([window.content() for window in group]))
         if not results:
             results.extend([None] * len(views) for _ in maps)
         assert len(maps) == len(results), f"{len(maps)} candidates, {len(results)} before"
@@ -189,7 +194,7 @@ def _windows(views: Sequence[Sequence[View]], settings: Inference) -> Iterator[_
             yield from (_Window(looks[flip], box, index) for index, (box, flip) in enumerate(windows))
 
 
-def _together(contents: Sequence[Tensor | Levels]) -> Tensor | Levels:
+def together(contents: Sequence[Tensor | Levels]) -> Tensor | Levels:
     """Equal windows as one batch."""
     tensors = [content for content in contents if isinstance(content, Tensor)]
     if len(tensors) == len(contents):

@@ -38,6 +38,7 @@ def main(cfg: DictConfig) -> None:
             failed.append(str(error) if str(getattr(source, "image", source)) in str(error) else f"{source}: {error}")
             continue
         writer.write(name, seen, prediction)
+    writer.close()
     log.info("%d of %d %s predicted into %s", len(found) - len(failed), len(found), model.inputs.kind, output)
     if failed:
         log.warning("%d could not be read:\n%s", len(failed), "\n".join(failed))

@@ -11,32 +11,32 @@ import numpy as np
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.trainer.states import TrainerFn
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from dense_heads.data.images import read_image
 from dense_heads.errors import UserError
 from dense_heads.report.sheet import Pixels
-from dense_heads.structures import IMAGENET_MEAN, IMAGENET_STD, Batch
+from dense_heads.structures import IMAGENET_MEAN, IMAGENET_STD, Batch, Size
 
-# image or None, label or None, prediction, title
-Panel = Callable[[Pixels | None, NDArray[Any] | None, NDArray[Any], str], Image.Image]
+# image or None, label or None, prediction, title; label and prediction are arrays, or of objects dicts of arrays
+Panel = Callable[[Any, Any, Any, str], Image.Image]
 
 
 class PictureCallback(pl.Callback):
     """Draws the first images of each validation and of the test, into the run folder and to loggers that take pictures.
 
-    Reads `outputs["prediction"]` of the step (a list of (H, W) tensors, each at its label's own size) and the
-    batch. Files are `pictures/val/<image_id>.png` and `pictures/test/<image_id>.png`; a later validation replaces
-    them, so at the end they show the final state. Only rank 0 draws.
+    Reads `outputs["prediction"]` of the step (a list of (H, W) tensors, each at its label's own size, or of objects in
+    pixels of the image on disk) and the batch. Files are `pictures/val/<image_id>.png` and
+    `pictures/test/<image_id>.png`; a later validation replaces them, so at the end they show the final state. Only
+    rank 0 draws.
     """
 
     def __init__(
         self,
         folder: str | Path,
         panel: Panel,
-        label_key: str,
+        label_key: str | Sequence[str],
         every: int = 1,
         num: int = 4,
     ) -> None:
@@ -45,7 +45,7 @@ class PictureCallback(pl.Callback):
         Args:
             folder: the run folder; `pictures/` is made in it.
             panel: draws (image or None, label or None, prediction, title) as one picture.
-            label_key: where the batch keeps the labels: `mask`, `depth_m`.
+            label_key: where the batch keeps the labels: `mask`, `depth_m`; several keys make a dict.
             every: draw at every so many validations, and always at the last one of the training.
             num: images per validation or test; 0 draws none.
 
@@ -102,12 +102,11 @@ class PictureCallback(pl.Callback):
         if not trainer.is_global_zero or not self._left:
             return
         predictions = outputs["prediction"]
-        labels: Any = batch.get(self.label_key)
         for index, tensor in enumerate(predictions[: self._left]):
             prediction = _numpy(tensor)
-            label = None if labels is None else _numpy(labels[index])
+            label = _numpy(_label(batch, self.label_key, index))
             image_id = batch["image_id"][index]
-            image = _restore(batch, index, prediction.shape)
+            image = _restore(batch, index, _size(prediction, batch, index))
             panel = self.panel(image, label, prediction, image_id)
             name = _file_name(image_id)
             path = self.folder / split / f"{name}.png"
@@ -123,12 +122,27 @@ class PictureCallback(pl.Callback):
         self._left -= min(self._left, len(predictions))
 
 
-def _numpy(tensor: Tensor) -> NDArray[Any]:
-    array: NDArray[Any] = tensor.detach().cpu().numpy()
-    return array
+def _numpy(value: Any) -> Any:
+    """Tensors as arrays, also inside a dict; anything else as it is."""
+    if isinstance(value, dict):
+        return {name: _numpy(part) for name, part in value.items()}
+    return value.detach().cpu().numpy() if isinstance(value, Tensor) else value
 
 
-def _restore(batch: Batch, index: int, shape: Sequence[int]) -> Pixels | None:
+def _label(batch: Batch, key: str | Sequence[str], index: int) -> Any:
+    """What is known of one image; None where nothing is."""
+    if isinstance(key, str):
+        return batch[key][index] if key in batch else None  # type: ignore[literal-required]
+    return {one: batch[one][index] for one in key if one in batch} or None  # type: ignore[literal-required]
+
+
+def _size(prediction: Any, batch: Batch, index: int) -> Size:
+    """(height, width) that the prediction is at."""
+    height, width = batch["original_size"][index].tolist() if isinstance(prediction, dict) else prediction.shape
+    return int(height), int(width)
+
+
+def _restore(batch: Batch, index: int, shape: Size) -> Pixels | None:
     """The image as RGB at the prediction's (H, W): from its file, else from the normalised tensor, else None."""
     try:
         pixels = read_image(Path(batch["path"][index]))

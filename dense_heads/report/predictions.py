@@ -24,12 +24,16 @@ ASSUMED_VIEW = 60.0  # degrees from left to right, where no focal length is give
 class Writer(Protocol):
     """Writes the prediction of one image."""
 
-    def write(self, name: str, pixels: Any, prediction: NDArray[Any]) -> None:
+    def write(self, name: str, pixels: Any, prediction: Any) -> None:
         """`pixels` is what the model saw, `name` the image's path below the input folder, without suffix."""
         ...
 
+    def close(self) -> None:
+        """All images have been written."""
+        return
 
-class LabelWriter:
+
+class LabelWriter(Writer):
     """`labels/NAME.png` (class ids at the image's own size, with the classes' colours) and `overlays/NAME.png`."""
 
     def __init__(self, output: Path, card: Card, ids: str = "train") -> None:
@@ -62,7 +66,7 @@ class LabelWriter:
         _save(self.output / folder / f"{name}.png", picture)
 
 
-class DepthWriter:
+class DepthWriter(Writer):
     """`depth/NAME.png` (16-bit millimetres) and `pictures/NAME.png` (colours with a scale bar in metres).
 
     On request also `depth/NAME.npy` (float32 metres) and `points/NAME.ply` (a coloured point cloud, metres).

@@ -16,8 +16,15 @@ from dense_heads.errors import UserError
 
 Summary = Mapping[str, Any]  # what `metrics.json` holds
 
-PERCENT = frozenset({"miou", "macc", "aacc", "dice", "iou", "acc", "map", "map_50", "map_75", "top1", "top5"})
-LABELS = {"miou": "mIoU", "macc": "mAcc", "aacc": "aAcc", "dice": "Dice", "map": "mAP", "lr": "learning rate"}
+_AREAS = ("", "_50", "_75", "_small", "_medium", "_large")
+_PRECISIONS = tuple(f"{kind}map{area}" for kind in ("", "mask_", "box_as_mask_") for area in _AREAS)
+PERCENT = frozenset(
+    {"miou", "macc", "aacc", "dice", "iou", "acc", "top1", "top5", *_PRECISIONS, "voc_map_50", "voc_ap_50"}
+)
+LABELS = {"miou": "mIoU", "macc": "mAcc", "aacc": "aAcc", "dice": "Dice", "iou": "IoU", "lr": "learning rate"}
+LABELS |= {name: name.replace("_", " ").replace("map", "mAP") for name in (*_PRECISIONS, "voc_map_50")}
+# Columns of the per-class table, where an entry has them; the first one that is there sorts and is drawn as a bar.
+CLASS_COLUMNS = ("iou", "acc", "map", "map_50", "mask_map", "mask_map_50", "voc_ap_50")
 GREY = (190, 194, 199)
 
 # What `metrics.json` must and may hold: key -> type, and whether the report needs it.
@@ -58,9 +65,13 @@ class ClassRow:
     """One class's results; None where the class occurs nowhere."""
 
     name: str
-    iou: float | None
-    acc: float | None
+    values: Mapping[str, float | None]  # by column, in the order of CLASS_COLUMNS
     colour: tuple[int, int, int]
+
+    @property
+    def main(self) -> float | None:
+        """The first column's value."""
+        return next(iter(self.values.values()), None)
 
 
 def read_summary(path: Path) -> Summary:
@@ -121,16 +132,18 @@ def score_rows(summary: Summary) -> list[ScoreRow]:
 
 
 def class_rows(summary: Summary) -> list[ClassRow]:
-    """Per-class results, best IoU first, classes that occur nowhere last."""
+    """Per-class results, best first, classes that occur nowhere last; all rows have the same columns."""
+    entries = summary.get("per_class") or ()
+    columns = [name for name in CLASS_COLUMNS if any(name in entry for entry in entries)]
     rows = [
-        ClassRow(str(entry["name"]), _number(entry.get("iou")), _number(entry.get("acc")), _colour(entry.get("colour")))
-        for entry in summary.get("per_class") or ()
+        ClassRow(str(entry["name"]), {name: _number(entry.get(name)) for name in columns}, _colour(entry.get("colour")))
+        for entry in entries
     ]
-    return sorted(rows, key=lambda row: (row.iou is None, -(row.iou or 0.0)))
+    return sorted(rows, key=lambda row: (row.main is None, -(row.main or 0.0)))
 
 
 def print_tables(summary: Summary, console: Console | None = None, max_classes: int = 30) -> None:
-    """Print the scores and the per-class IoU to the terminal; of many classes the best and the worst."""
+    """Print the scores and the per-class results to the terminal; of many classes the best and the worst."""
     console = console or Console()
     console.print(_rich_scores(summary))
     if summary.get("per_class"):
@@ -163,19 +176,24 @@ def _rich_scores(summary: Summary) -> Table:
 
 
 def _rich_classes(rows: Sequence[ClassRow], most: int) -> Table:
-    table = Table(title=Text("IoU by class"), title_justify="left")
-    for name, justify in (("class", "left"), ("IoU", "right"), ("", "left"), ("acc", "right")):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    columns = list(rows[0].values)
+    table = Table(title=Text("By class"), title_justify="left")
+    table.add_column("class")
+    for number, name in enumerate(columns):
+        table.add_column(metric_label(name), justify="right")
+        if number == 0:
+            table.add_column("")
     cut = len(rows) > most
     half = most // 2
     for number, row in enumerate(rows):
         if cut and half <= number < len(rows) - half:
             if number == half:
-                table.add_row(Text(f"… {len(rows) - 2 * half} more"), "", "", "", style="dim")
+                table.add_row(Text(f"… {len(rows) - 2 * half} more"), style="dim")
             continue
         label = Text("■ ", style="#{:02x}{:02x}{:02x}".format(*row.colour)).append(plain(row.name), style="default")
-        bar = Text("━" * round(20 * (row.iou or 0.0)), style="cyan")
-        table.add_row(label, Text(format_metric("iou", row.iou)), bar, Text(format_metric("acc", row.acc)))
+        cells = [Text(format_metric(name, value)) for name, value in row.values.items()]
+        cells.insert(1, Text("━" * round(20 * _share(row)), style="cyan"))
+        table.add_row(label, *cells)
     return table
 
 
@@ -210,18 +228,26 @@ def html_classes(summary: Summary) -> str:
     """Per-class results with colour chips and bars; long lists in two columns; every text in it is escaped."""
     rows = class_rows(summary)
     halves = [rows] if len(rows) <= 24 else [rows[: (len(rows) + 1) // 2], rows[(len(rows) + 1) // 2 :]]
-    head = '<tr><th>class</th><th class="n">IoU</th><th></th><th class="n">acc</th></tr>'
+    names = [f'<th class="n">{escape(metric_label(name))}</th>' for name in rows[0].values]
+    head = f"<tr><th>class</th>{names[0] if names else ''}<th></th>{''.join(names[1:])}</tr>"
     tables = []
     for half in halves:
-        body = "".join(
-            f'<tr><td><span class="chip" style="background:rgb{row.colour}"></span>{escape(row.name)}</td>'
-            f'<td class="n">{format_metric("iou", row.iou)}</td>'
-            f'<td class="bar"><i style="width:{100 * min(max(row.iou or 0.0, 0.0), 1.0):.1f}%"></i></td>'
-            f'<td class="n faint">{format_metric("acc", row.acc)}</td></tr>'
-            for row in half
-        )
+        body = "".join(_html_class(row) for row in half)
         tables.append(f'<table class="classes"><thead>{head}</thead><tbody>{body}</tbody></table>')
     return f'<div class="halves">{"".join(tables)}</div>'
+
+
+def _html_class(row: ClassRow) -> str:
+    cells = [f'<td class="n">{format_metric(name, value)}</td>' for name, value in row.values.items()]
+    cells[1:] = [cell.replace('"n"', '"n faint"') for cell in cells[1:]]
+    bar = f'<td class="bar"><i style="width:{100 * _share(row):.1f}%"></i></td>'
+    chip = f'<td><span class="chip" style="background:rgb{row.colour}"></span>{escape(row.name)}</td>'
+    return f"<tr>{chip}{''.join(cells[:1])}{bar}{''.join(cells[1:])}</tr>"
+
+
+def _share(row: ClassRow) -> float:
+    """The main value as the length of a bar."""
+    return min(max(row.main or 0.0, 0.0), 1.0)
 
 
 def format_metric(name: str, value: float | None) -> str:

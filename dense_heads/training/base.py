@@ -91,11 +91,15 @@ class DenseModule(pl.LightningModule):
 
     # What a family fills in.
 
+    def candidate_loss(self, candidate: Candidate, features: Features, batch: Batch) -> Tensor:
+        """A candidate's scalar loss on one batch; families whose heads bring their own losses replace it."""
+        return self.loss(candidate, candidate.head(features), features, batch)
+
     def loss(self, candidate: Candidate, output: Tensor, features: Features, batch: Batch) -> Tensor:
         """The scalar loss of a candidate's output."""
         raise NotImplementedError
 
-    def predict(self, batch: Batch) -> list[list[Tensor]]:
+    def predict(self, batch: Batch) -> list[list[Any]]:
         """For each candidate the predictions of the batch's images, each at its label's own size."""
         raise NotImplementedError
 
@@ -103,7 +107,7 @@ class DenseModule(pl.LightningModule):
         """Start counting."""
         raise NotImplementedError
 
-    def count(self, predictions: list[list[Tensor]], batch: Batch) -> None:
+    def count(self, predictions: list[list[Any]], batch: Batch) -> None:
         """Add the predictions of one batch to the metrics of all candidates."""
         raise NotImplementedError
 
@@ -123,7 +127,7 @@ class DenseModule(pl.LightningModule):
                 stable_seed(self.seed, candidate.origin or candidate.name, self.global_step, self.global_rank),
                 self.device,
             ):
-                losses.append(self.loss(candidate, candidate.head(seen), seen, batch))
+                losses.append(self.candidate_loss(candidate, seen, batch))
         return losses
 
     def _levels(self, batch: Batch) -> Levels:
@@ -215,7 +219,7 @@ class DenseModule(pl.LightningModule):
         """Start counting."""
         self.reset_metrics()
 
-    def _evaluation_step(self, batch: Batch) -> dict[str, list[Tensor]]:
+    def _evaluation_step(self, batch: Batch) -> dict[str, list[Any]]:
         predictions = self.predict(batch)
         self.count(predictions, batch)
         return {"prediction": self.drawn(predictions[self.leader()])}
@@ -224,11 +228,11 @@ class DenseModule(pl.LightningModule):
         """A candidate's predictions as pictures show them."""
         return predictions
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, list[Tensor]]:
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, list[Any]]:
         """Predict and count; returns the leading candidate's predictions for the pictures."""
         return self._evaluation_step(batch)
 
-    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, list[Tensor]]:
+    def test_step(self, batch: Batch, batch_idx: int) -> dict[str, list[Any]]:
         """As validation_step."""
         return self._evaluation_step(batch)
 

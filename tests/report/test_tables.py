@@ -52,7 +52,7 @@ def test_what_does_not_look_at_the_image_stands_beside_the_score():
 
 def test_classes_are_sorted_and_absent_ones_last():
     rows = class_rows(summary())
-    values = [row.iou for row in rows]
+    values = [row.main for row in rows]
     assert values[:-1] == sorted((value for value in IOU if value is not None), reverse=True) and values[-1] is None
     assert rows[0].name == "Sky" and rows[0].colour == (128, 128, 128) and rows[-1].name == NAMES[-1]
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from dense_heads.errors import UserError
+from dense_heads.ops.seeding import stable_seed
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = ("train", "val", "test")
@@ -96,6 +97,19 @@ def read_pairs(path: Path) -> list[Pair]:
             raise UserError(f"{path}: {image} is named more than once; expected each image once. Remove the copies.")
         pairs[image] = Pair(image, None if depth == "None" else depth, focal)
     return [pairs[image] for image in sorted(pairs)]
+
+
+def draw_split(ids: Sequence[str], val_fraction: float, seed: int, source: object) -> dict[str, list[str]]:
+    """`train` and `val` of data that have no split: by a hash of (seed, id), so that new ids do not reshuffle old ones.
+
+    Raises:
+        UserError: fewer than two ids; `source` is named.
+    """
+    if len(ids) < 2:
+        raise UserError(f"{source}: {len(ids)} image; expected at least 2, one to train and one to validate.")
+    drawn = sorted(ids, key=lambda i: stable_seed("split", seed, i))
+    num_val = min(len(ids) - 1, max(1, round(len(ids) * val_fraction)))
+    return {"train": sorted(drawn[num_val:]), "val": sorted(drawn[:num_val])}
 
 
 def require_files(samples: Sequence[Sample], source: Path) -> None:

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from dense_heads.data.datasets.base import SPLITS, Sample, Split, missing_data, read_list, shorten
+from dense_heads.data.datasets.base import SPLITS, Sample, Split, draw_split, missing_data, read_list, shorten
 from dense_heads.data.images import list_images
 from dense_heads.errors import UserError, unknown_name
-from dense_heads.ops.seeding import stable_seed
 
 log = logging.getLogger(__name__)
 
@@ -216,12 +215,10 @@ class PairedFolders:
 
     def _draw_split(self) -> dict[str, list[str]] | None:
         ids = [sample.image_id for sample in self._pair(self.places["train"], "train")]
-        if len(ids) < 2:
-            raise UserError(f"{self.root}: {len(ids)} image; expected at least 2, one to train and one to validate.")
-        drawn = sorted(ids, key=lambda i: stable_seed("split", self.seed, i))
-        num_val = min(len(ids) - 1, max(1, round(len(ids) * self.val_fraction)))
+        drawn = draw_split(ids, self.val_fraction, self.seed, self.root)
+        num_val = len(drawn["val"])
         self._notice(f"no validation split on disk: {num_val} of {len(ids)} images are held out (seed {self.seed})")
-        return {"train": sorted(drawn[num_val:]), "val": sorted(drawn[:num_val])}
+        return drawn
 
     def _notice(self, text: str) -> None:
         if text not in self.notices:
