@@ -157,8 +157,8 @@ def check_head(head: Head) -> DetectionHead:
     """
     if not isinstance(head, DetectionHead):
         raise UserError(
-            f"{type(head).__name__} predicts maps; expected a head that finds objects: head=fcos, faster_rcnn, "
-            "mask_rcnn or plain_detr."
+            f"{type(head).__name__} predicts maps; expected a head that finds objects: head=fcos, "
+            "faster_rcnn or mask_rcnn."
         )
     return head
 

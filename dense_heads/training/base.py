@@ -60,6 +60,7 @@ class DenseModule(pl.LightningModule):
     """
 
     metric_names: tuple[str, ...] = ()
+    headline: tuple[str, ...] = ()  # of them, what is said after each validation; empty: all
 
     def __init__(
         self,

@@ -18,6 +18,8 @@ _TARGET = ("boxes", "labels", "iscrowd", "difficult", "area", "mask_codes")
 class DetectionModule(DenseModule):
     """Trains and measures detection heads on a frozen backbone."""
 
+    headline = ("map", "map_50", "map_75", "mask_map", "mask_map_50", "box_as_mask_map", "voc_map_50")
+
     def __init__(
         self,
         *args: Any,

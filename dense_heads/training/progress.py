@@ -53,7 +53,8 @@ class Progress(RichProgressBar):
         if isinstance(pl_module, DenseModule) and "val" in pl_module.results and trainer.state.fn == "fit":
             leader = pl_module.leader()
             scores = pl_module.results["val"].scores[leader]
-            text = "  ".join(f"val/{name} {value:.4f}" for name, value in scores.items())
+            shown = [name for name in pl_module.headline or scores if name in scores]
+            text = "  ".join(f"val/{name} {scores[name]:.4f}" for name in shown)
             best = f"  ({pl_module.candidates[leader].name})" if len(pl_module.candidates) > 1 else ""
             log.info("step %d/%d  %s%s", trainer.global_step, trainer.max_steps, text, best)
 
