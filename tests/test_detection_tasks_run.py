@@ -204,3 +204,20 @@ def test_mistakes_end_before_training(tmp_path, capsys, typed, words):
 def test_a_detection_head_is_refused_where_maps_are_wanted(tmp_path, capsys):
     assert main(["task=nuclei", "head=fcos", *TINY, f"run_dir={tmp_path / 'run'}"]) == 2
     assert "head=fcos finds objects" in capsys.readouterr().err
+
+
+def test_cached_features_train_and_measure_as_images_do(tmp_path):
+    """Without chance in the transforms, in float32: the same steps on features from memory and disk as on images."""
+    data = make_coco(tmp_path / "data", sizes=((84, 112), (98, 70)))
+    typed = ["task=detection", *TINY, *SMALL, *MASKS, f"data.root={data}", "data.augment=false"]
+    found = {}
+    for cache in ("off", "memory", "disk"):
+        run, own = tmp_path / cache, [f"cache={cache}"]
+        own += [] if cache == "off" else ["cache.dtype=float32"]
+        own += [f"cache.dir={tmp_path / 'features'}"] if cache == "disk" else []
+        assert main([*typed, *own, f"run_dir={run}"]) == 0
+        found[cache] = json.loads((run / "metrics.json").read_text())["metrics"]
+    for cache in ("memory", "disk"):
+        assert found[cache] == pytest.approx(found["off"], abs=1e-4, nan_ok=True)
+    views = ["cache=memory", "cache.views=2", f"run_dir={tmp_path / 'views'}"]
+    assert main([*typed[:-1], *views]) == 0

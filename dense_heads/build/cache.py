@@ -15,8 +15,8 @@ from dense_heads.build.data import Loaded
 from dense_heads.data.feature_store import FORMAT, CachedDataset
 from dense_heads.data.unaugmented import is_random
 from dense_heads.errors import UserError, unknown_name
+from dense_heads.models.artefact import MODELS
 from dense_heads.models.dense import FrozenBackbone
-from dense_heads.models.inference import Inference
 from dense_heads.structures import FeatureRequest
 from dense_heads.training.feature_cache import in_memory, on_disk
 from dense_heads.training.feature_pass import DTYPES, FeaturePass
@@ -31,6 +31,7 @@ _NOT_OF_ITEMS = (
     "eval_batch_size",
     "num_workers",
     "augment",
+    "class_aware",
     "image_size",
     "patients",
     "folds",
@@ -123,7 +124,7 @@ def _cached(
         keys=keys,
         frozen=frozen,
         requests=requests,
-        inference=None if training else Inference(**plain(cfg.task.inference)),
+        inference=None if training else MODELS[cfg.task.family].inference_type(**plain(cfg.task.inference)),
         dtype=DTYPES[cfg.cache.dtype],
         batch=cfg.cache.batch,
         num_workers=cfg.data.num_workers,
@@ -155,6 +156,8 @@ def _identity(
         "transforms": plain(cfg.task.transforms)["train" if training else "eval"],
         "files": files_digest(dataset.samples),
     }
+    if "masks" in cfg.task:
+        identity["masks"] = bool(cfg.task.masks)
     if training:
         random = any(is_random(step) for step in dataset.transform.steps.values())
         identity |= {"image_size": plain(cfg.data)["image_size"], "augment": cfg.data.augment, "views": num_views}

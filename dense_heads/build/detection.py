@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from PIL.Image import Image
 
 from dense_heads.build.config import plain
-from dense_heads.build.data import Loaded, read_samples
+from dense_heads.build.data import Loaded, read_samples, training_steps
 from dense_heads.data.classes import Classes, default_palette, read_classes
 from dense_heads.data.datasets.base import shorten
 from dense_heads.data.detection import DetectionDataset, collate_eval, collate_train
@@ -51,7 +51,7 @@ def load(cfg: DictConfig, check: bool) -> Loaded:
         check_detection(samples, with_masks)
     train = None
     if samples["train"]:
-        steps = DetectionTrainPipeline(instantiate(cfg.task.transforms.train), _size(cfg), with_masks)
+        steps = DetectionTrainPipeline(training_steps(cfg), _size(cfg), with_masks)
         train = DetectionDataset(samples["train"], steps, with_masks, seed=cfg.seed)
     transform = DetectionEvalTransform(**plain(cfg.task.transforms.eval))
     labelled_test = bool(samples["test"]) and all(sample.objects is not None for sample in samples["test"])

@@ -63,6 +63,11 @@ class ScaleToFit(A.DualTransform):  # type: ignore[misc]
         """Boxes are shares of the image: a resize leaves them."""
         return bboxes
 
+    def without_chance(self) -> "ScaleToFit":
+        """The same with the one ratio of its range that is nearest to 1."""
+        ratio = min(max(1.0, self.ratio[0]), self.ratio[1])
+        return ScaleToFit(self.size, (ratio, ratio))
+
 
 class BoxCrop(RandomCrop):
     """Cut a random window; a side shorter than the window is kept whole. Boxes are cut in step."""
@@ -78,6 +83,14 @@ class BoxCrop(RandomCrop):
         moved[:, [0, 2]] = (bboxes[:, [0, 2]] * width - left) / columns
         moved[:, [1, 3]] = (bboxes[:, [1, 3]] * height - top) / rows
         return moved
+
+
+class CentreBoxCrop(BoxCrop):
+    """The window of `BoxCrop` in the middle of the image."""
+
+    def _draw(self, shape: Size) -> tuple[int, int]:
+        top, left = (max(have - want, 0) // 2 for have, want in zip(shape, self.size, strict=True))
+        return top, left
 
 
 class DetectionTrainPipeline(TrainPipeline):

@@ -7,6 +7,7 @@ out where masks are learnt). Refused, with the file and the annotation: a catego
 that are none.
 """
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,7 +27,7 @@ _ROUNDING = 1.0  # pixels by which a box may reach outside
 _FAR = 3.0  # times the image's side: coordinates beyond are no outline of it
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Objects:
     """What is annotated in one image of (height, width) = `size`; n objects."""
 
@@ -40,6 +41,13 @@ class Objects:
 
     def __len__(self) -> int:
         return len(self.boxes)
+
+    def __repr__(self) -> str:
+        """With a digest of all values: a cache of items sees by it that annotations changed."""
+        digest = hashlib.sha256(repr(self.outlines).encode())
+        for array in (self.boxes, self.labels, self.iscrowd, self.difficult, self.area):
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return f"Objects({len(self)} in {self.size[0]} x {self.size[1]}, {digest.hexdigest()[:16]})"
 
     def chosen(self, keep: npt.NDArray[Any]) -> "Objects":
         """Those where `keep` (n,) is true."""

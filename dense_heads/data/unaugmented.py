@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dense_heads.data.depth_transforms import FixedCrop
+from dense_heads.data.detection_transforms import BoxCrop, CentreBoxCrop, ScaleToFit
 from dense_heads.data.transforms import RandomCrop, RandomScale
 from dense_heads.structures import Size
 
@@ -25,9 +26,9 @@ class CentreCrop(RandomCrop):
 
 def is_random(step: Any) -> bool:
     """Whether a step of a training pipeline depends on chance."""
-    if isinstance(step, RandomScale):
+    if isinstance(step, RandomScale | ScaleToFit):
         return step.ratio[0] != step.ratio[1]
-    if isinstance(step, CentreCrop | FixedCrop):
+    if isinstance(step, CentreCrop | CentreBoxCrop | FixedCrop):
         return False
     return not (isinstance(step, _WITHOUT_CHANCE) and step.p == 1.0)
 
@@ -44,6 +45,10 @@ def without_chance(steps: Mapping[str, Any]) -> dict[str, Any]:
         elif isinstance(step, RandomScale):
             ratio = min(max(1.0, step.ratio[0]), step.ratio[1])
             kept[name] = RandomScale(step.short_side, (ratio, ratio), step.long_side)
+        elif isinstance(step, ScaleToFit):
+            kept[name] = step.without_chance()
+        elif isinstance(step, BoxCrop):
+            kept[name] = CentreBoxCrop(step.size)
         elif isinstance(step, RandomCrop):
             kept[name] = CentreCrop(step.size, cat_max_ratio=1.0)
     return kept
