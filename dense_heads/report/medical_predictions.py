@@ -12,11 +12,11 @@ from dense_heads.data.slices import Cut
 from dense_heads.data.volumes import Volume, write_labels
 from dense_heads.models.card import Card
 from dense_heads.report.medical_panel import class_masks, drawn_colours, montage, outlined, outlined_objects
-from dense_heads.report.predictions import LabelWriter
+from dense_heads.report.predictions import LabelWriter, Writer
 from dense_heads.report.sheet import Pixels
 
 
-class VolumeWriter:
+class VolumeWriter(Writer):
     """`labels/NAME.nii.gz` with the input's affine, shape and orientation, and `montages/NAME.png`.
 
     With several labels one file for each, `labels/NAME_CLASS.nii.gz`.
