@@ -17,7 +17,10 @@ from dense_heads.__main__ import main
 from dense_heads.ops import masks
 from tests.factories import fake_objects, make_coco, make_voc_xml, make_yolo, save
 
-TINY = ["backbone=vitn14_reg", "backbone.weights=null", "debug=fast", "trainer.accelerator=cpu", "data.batch_size=2"]
+TINY = [
+    "backbone=vitn14_reg", "backbone.weights=null", "backbone.precision=float32", "debug=fast",
+    "trainer.accelerator=cpu", "data.batch_size=2",
+]  # fmt: skip
 SMALL = ["data.image_size=[56,84]", "head.channels=32"]
 
 
