@@ -27,7 +27,8 @@ def run(cfg: DictConfig) -> float | None:
         raise unknown_name("mode", str(cfg.mode), MODES)
     refuse_bad_values(cfg)
     _refuse_ranks_inside_a_sweep(cfg)
-    measured: float | None = importlib.import_module(f"dense_heads.modes.{cfg.mode}").main(cfg)
+    several = cfg.mode == "fit" and cfg.fold == "all"
+    measured: float | None = importlib.import_module(f"dense_heads.modes.{'folds' if several else cfg.mode}").main(cfg)
     return measured
 
 

@@ -221,3 +221,54 @@ def test_mistakes_end_before_training(tmp_path, capsys, typed, words):
     root = make_decathlon(tmp_path / "data")
     assert main(["task=hippocampus", *TINY, *SMALL, f"data.root={root}", f"run_dir={tmp_path / 'run'}", *typed]) == 2
     assert words in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_all_folds_run_over_one_cache_and_become_one_result(tmp_path, capsys):
+    root, run = make_decathlon(tmp_path / "data", train=6, val=0), tmp_path / "run"
+    cache = ["cache=disk", "cache.views=0", f"cache.dir={tmp_path / 'cache'}"]
+    typed = ["task=hippocampus", *TINY, *SMALL, *cache, "task.data.folds.num=3", f"data.root={root}"]
+    assert main([*typed, "fold=all", f"run_dir={run}"]) == 0
+    found = read_json(run / "metrics.json")
+    kept = [read_json(run / f"fold{k}" / "cases.json")["cases"] for k in range(3)]
+    assert sorted(case for one in kept for case in one) == [f"case_{i:03d}" for i in range(6)]
+    dice = [np.mean([row["dice"] for row in case["classes"]]) for one in kept for case in one.values()]
+    assert found["metrics"]["val/dice"] == pytest.approx(np.mean(dice))
+    assert found["spread"]["val/dice"]["std"] == pytest.approx(np.std(dice, ddof=1))
+    assert found["spread"]["val/dice"]["cases"] == 6 and len(found["folds"]) == 3
+    assert len((run / "cases.csv").read_text().splitlines()) == 1 + 6 * 3  # all, and each of two classes
+    assert len(list((tmp_path / "cache").iterdir())) == 2  # training and evaluation, for all folds
+    folds = read_json(run / "splits_final.json")
+    assert [sorted(fold["val"]) for fold in folds] == [sorted(one) for one in kept]
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert "fold 2" in page and "95 % interval" in page and "case_005" in page
+    # One fold by itself is the same run, with or without the cache's other folds; and it can be measured again.
+    alone = tmp_path / "alone"
+    assert main([*typed, "fold=1", f"run_dir={alone}"]) == 0
+    assert read_json(alone / "metrics.json")["metrics"] == read_json(run / "fold1" / "metrics.json")["metrics"]
+    assert main(["mode=evaluate", f"model={run / 'fold1'}"]) == 0
+    (again,) = (run / "fold1" / "evaluate").iterdir()
+    assert read_json(again / "metrics.json")["metrics"] == read_json(run / "fold1" / "metrics.json")["metrics"]
+    # A run that was stopped goes on with the folds that are missing.
+    (run / "fold2" / "report.html").unlink()
+    before = (run / "fold0" / "report.html").stat().st_mtime_ns
+    assert main([f"resume={run}"]) == 0
+    assert (run / "fold0" / "report.html").stat().st_mtime_ns == before
+    assert read_json(run / "metrics.json")["metrics"] == found["metrics"]
+
+
+def test_an_nnunet_split_is_used_as_it_is(tmp_path):
+    root = make_decathlon(tmp_path / "data", train=4, val=0)
+    folds = [{"train": ["case_000", "case_001"], "val": ["case_003"]}, {"train": ["case_003"], "val": ["case_000"]}]
+    (root / "splits_final.json").write_text(json.dumps(folds))
+    run = tmp_path / "run"
+    assert main(["task=hippocampus", *TINY, *SMALL, f"data.root={root}", "fold=1", f"run_dir={run}"]) == 0
+    assert list(read_json(run / "cases.json")["cases"]) == ["case_000"]
+    assert any("splits_final.json" in note for note in read_json(run / "metrics.json")["notes"])
+
+
+def test_a_grid_of_heads_over_the_cache(tmp_path):
+    root, run = make_decathlon(tmp_path / "data"), tmp_path / "run"
+    grid = ["head=grid", "head.heads=[linear,linear4]", "head.lr=[1e-2]", "cache=memory", "cache.views=2"]
+    assert main(["task=hippocampus", *TINY, *SMALL, *grid, f"data.root={root}", f"run_dir={run}"]) == 0
+    rows = (run / "grid.csv").read_text().splitlines()
+    assert len(rows) == 3 and "val/dice" in rows[0] and (run / "cases.csv").is_file()

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from dense_heads.build.config import plain
 from dense_heads.build.data import Loaded
 from dense_heads.data.feature_store import FORMAT, CachedDataset
+from dense_heads.data.part import Part
 from dense_heads.data.unaugmented import is_random
 from dense_heads.errors import UserError, unknown_name
 from dense_heads.models.artefact import MODELS
@@ -78,7 +79,14 @@ def with_features(
     parts: dict[str, Any] = {}
     for split, views in (("train", num_views), ("val", 1), ("test", 1)):
         dataset = getattr(loaded, split)
-        if dataset is not None and not (split == "train" and cfg.mode != "fit"):
+        if dataset is None or (split == "train" and cfg.mode != "fit"):
+            continue
+        if isinstance(dataset, Part):  # of a whole that other splits, and other folds, share
+            whole = _cached(cfg, loaded, split, dataset.whole, frozen, requests, views)
+            parts[split] = Part(whole, dataset.indices)
+            if isinstance(loaded.support, Part) and loaded.support.whole is dataset.whole:
+                parts["support"] = Part(whole, loaded.support.indices)
+        else:
             parts[split] = _cached(cfg, loaded, split, dataset, frozen, requests, views)
     notes = list(loaded.notes)
     if cfg.cache.views == 0:
@@ -174,9 +182,15 @@ def files_digest(samples: Sequence[Any]) -> str:
     digest = hashlib.sha256()
     for sample in samples:
         for field in dataclasses.fields(sample):
-            value = getattr(sample, field.name)
-            if isinstance(value, Path):
-                stat = value.stat()
-                value = (value.name, stat.st_size, stat.st_mtime_ns)
-            digest.update(f"{field.name}={value!r};".encode())
+            digest.update(f"{field.name}={_stated(getattr(sample, field.name))!r};".encode())
     return digest.hexdigest()[:32]
+
+
+def _stated(value: Any) -> Any:
+    """A field of a sample with what its files are in place of where they lie."""
+    if isinstance(value, Path):
+        stat = value.stat()
+        return value.name, stat.st_size, stat.st_mtime_ns
+    if isinstance(value, tuple):
+        return tuple(map(_stated, value))
+    return files_digest([value]) if dataclasses.is_dataclass(value) else value

@@ -1,13 +1,13 @@
 """The medical family: volumes and images, split by patient, measured case by case."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from hydra.utils import instantiate
 from omegaconf import DictConfig
-from PIL.Image import Image
 
 from dense_heads.build.config import plain
 from dense_heads.build.data import Loaded
@@ -17,8 +17,9 @@ from dense_heads.metrics.medical import conventions as counted
 from dense_heads.models.card import Card
 from dense_heads.models.dense import FrozenBackbone
 from dense_heads.models.inference import Inference
+from dense_heads.models.medical import Refine
+from dense_heads.report.case_pictures import CasePictures
 from dense_heads.report.medical_predictions import ContourWriter, VolumeWriter
-from dense_heads.report.panel import segmentation_panel
 from dense_heads.report.predictions import Writer
 from dense_heads.training.base import Candidate
 from dense_heads.training.medical import MedicalModule
@@ -37,7 +38,8 @@ def module(cfg: DictConfig, loaded: Loaded, frozen: FrozenBackbone, candidates: 
         seed=cfg.seed,
         inference=Inference(**plain(cfg.task.inference)),
         class_names=loaded.classes.names,
-        protocol=_protocol(cfg),
+        protocol=protocol(cfg),
+        refine=_refine(cfg),
     )
 
 
@@ -48,13 +50,10 @@ def num_outputs(cfg: DictConfig) -> int:
 
 
 def pictures(loaded: Loaded) -> dict[str, Any]:
-    """What the picture callback needs: how a prediction is drawn beside its label."""
-    names, colours = loaded.classes.names, loaded.classes.colours
-
-    def panel(image: Any, label: Any, prediction: Any, title: str) -> Image:
-        return segmentation_panel(image, label, prediction, colours, names, title)
-
-    return {"panel": panel, "label_key": "mask"}
+    """What the picture callback needs: the worst, the median and the best case, when the training ends."""
+    datasets = {"val": loaded.val, "test": loaded.test}
+    multilabel = bool(loaded.settings["multilabel"])
+    return {"cases": CasePictures(datasets, loaded.collate_eval, loaded.classes, multilabel)}
 
 
 def writer(cfg: DictConfig, output: Path, card: Card) -> Writer:
@@ -65,8 +64,8 @@ def writer(cfg: DictConfig, output: Path, card: Card) -> Writer:
 
 def conventions(cfg: DictConfig) -> str:
     """How the metrics are counted."""
-    protocol = _protocol(cfg)
-    return counted(protocol.unit, protocol.tolerance, protocol.objects is not None)
+    how = protocol(cfg)
+    return counted(how.unit, how.tolerance, how.objects is not None)
 
 
 def labels(cfg: DictConfig) -> dict[str, Any]:
@@ -80,11 +79,13 @@ def settings(cfg: DictConfig) -> dict[str, Any]:
     return {
         "multilabel": bool(cfg.task.multilabel),
         "cut": dataclasses.asdict(cut(cfg)) if has_volumes(cfg) else None,
+        "refine": dataclasses.asdict(_refine(cfg)),
         "objects": None if separate is None else dataclasses.asdict(separate),
     }
 
 
-def _protocol(cfg: DictConfig) -> Protocol:
+def protocol(cfg: DictConfig) -> Protocol:
+    """How cases are measured."""
     in_mm = has_volumes(cfg) or cfg.task.data.pixel_mm is not None
     return Protocol(
         num_classes=cfg.task.num_classes,
@@ -92,4 +93,9 @@ def _protocol(cfg: DictConfig) -> Protocol:
         tolerance=cfg.task.evaluation.tolerance,
         unit="mm" if in_mm else "px",
         objects=objects(cfg),
+        finish=functools.partial(_refine(cfg).labels, num_classes=num_outputs(cfg)),
     )
+
+
+def _refine(cfg: DictConfig) -> Refine:
+    return Refine(**plain(cfg.task.refine))

@@ -1,19 +1,21 @@
 """The data of the medical family: volumes as slices, or images; split by patient."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig
+from torch.utils.data import Dataset
 
 from dense_heads.build.config import plain
 from dense_heads.build.data import Loaded, own_run, training_steps
-from dense_heads.build.splits import split_by_patient
+from dense_heads.build.splits import PatientSplit, split_by_patient
 from dense_heads.data.classes import Classes, read_classes
 from dense_heads.data.intensity import Intensity
 from dense_heads.data.labels import LabelRule
 from dense_heads.data.medical import ImageDataset, collate_eval, collate_train
 from dense_heads.data.medical_checks import check_images
+from dense_heads.data.part import Part
 from dense_heads.data.slices import Cut, SliceDataset, VolumeStore
 from dense_heads.data.transforms import EvalTransform, TrainPipeline
 from dense_heads.data.volume_checks import check_volumes
@@ -35,7 +37,7 @@ def load(cfg: DictConfig, check: bool) -> Loaded:
     elif check:
         check_images(split.samples, rule)
 
-    def dataset(samples: Sequence[Any], transform: TrainPipeline | EvalTransform) -> SliceDataset | ImageDataset | None:
+    def dataset(samples: Sequence[Any], transform: TrainPipeline | EvalTransform) -> Any:
         if not _labelled(samples):
             return None
         if store is not None:
@@ -44,21 +46,61 @@ def load(cfg: DictConfig, check: bool) -> Loaded:
 
     steps = TrainPipeline(training_steps(cfg), cfg.data.image_size)
     transform = EvalTransform(**plain(cfg.task.transforms.eval))
-    found = {name: dataset(split.samples[name], steps if name == "train" else transform) for name in split.samples}
+    found = _drawn(split, dataset, steps, transform) if split.made else _as_they_are(split, dataset, steps, transform)
+    if cfg.fold is not None:
+        found["test"] = None  # a fold is measured on the cases that it holds out
     return Loaded(
-        train=found["train"],
-        val=found["val"],
-        test=found["test"],
+        **found,
         collate_train=collate_train,
         collate_eval=collate_eval,
-        num_images={name: 0 if data is None else len(data) for name, data in found.items()},
+        num_images={name: _num(found[name]) for name in ("train", "val", "test")},
         notes=[*split.reader.notices, *split.notes, *rule.notices],
         made_split=split.made,
         classes=classes(cfg),
         labels=rule,
-        support=dataset(split.samples["train"], transform),
-        settings={"modalities": list(getattr(split.reader, "modalities", ()))},
+        settings={"modalities": list(getattr(split.reader, "modalities", ())), "multilabel": bool(cfg.task.multilabel)},
     )
+
+
+Make = Callable[[Sequence[Any], TrainPipeline | EvalTransform], Any]
+
+
+def _as_they_are(
+    split: PatientSplit, dataset: Make, steps: TrainPipeline, transform: EvalTransform
+) -> dict[str, Dataset[Any] | None]:
+    """The data's own splits."""
+    return {
+        "train": dataset(split.samples["train"], steps),
+        "val": dataset(split.samples["val"], transform),
+        "test": dataset(split.samples["test"], transform),
+        "support": dataset(split.samples["train"], transform),
+    }
+
+
+def _drawn(
+    split: PatientSplit, dataset: Make, steps: TrainPipeline, transform: EvalTransform
+) -> dict[str, Dataset[Any] | None]:
+    """A fold: parts of all that can be trained on, so that folds share what is computed of it."""
+    assert split.made is not None
+    pool = sorted({s.image_id: s for s in (*split.samples["train"], *split.samples["val"])}.values(), key=_case)
+    seen = {"train": dataset(pool, steps), "val": dataset(pool, transform)}
+    if seen["train"] is None or seen["val"] is None:
+        raise UserError("Folds need a label of every case; some have none. Remove these cases from the training split.")
+    inside = {
+        name: [index for index, sample in enumerate(seen["val"].samples) if _case(sample) in set(split.made[name])]
+        for name in ("train", "val")
+    }
+    return {
+        "train": Part(seen["train"], inside["train"]),
+        "val": Part(seen["val"], inside["val"]),
+        "test": dataset(split.samples["test"], transform),
+        "support": Part(seen["val"], inside["train"]),
+    }
+
+
+def _case(sample: Any) -> str:
+    """The case that a sample belongs to: itself, or of a slice its volume."""
+    return str(getattr(sample, "case", sample).image_id)
 
 
 def has_volumes(cfg: DictConfig) -> bool:
@@ -119,6 +161,10 @@ def _image_options(cfg: DictConfig) -> Mapping[str, Any]:
         "border_px": int(border),
         "field_of_view": cfg.task.data.field_of_view,
     }
+
+
+def _num(dataset: Any) -> int:
+    return 0 if dataset is None else len(dataset)
 
 
 def _labelled(samples: Sequence[Any]) -> bool:

@@ -10,7 +10,7 @@ from types import ModuleType
 from typing import Any
 
 from omegaconf import DictConfig
-from torch.utils.data import Subset
+from torch.utils.data import Dataset
 
 from dense_heads.build import depth, detection, medical, segmentation
 from dense_heads.build.cache import resolve_cache, with_features
@@ -20,6 +20,7 @@ from dense_heads.build.heads import backbone, make_candidates, measured_only
 from dense_heads.build.support import all_training_free, chosen_support, refuse_unused_support
 from dense_heads.data.datamodule import DataModule
 from dense_heads.data.datasets.base import shorten
+from dense_heads.data.part import Part
 from dense_heads.errors import UserError
 from dense_heads.heads.base import Head
 from dense_heads.models.dense import FrozenBackbone
@@ -47,6 +48,7 @@ class Parts:
     conventions: str
     notes: list[str]  # said in the report
     feature_seconds: float = 0.0  # until all cached features were there
+    support: Dataset[Any] | None = None  # what heads without training look at
 
 
 def family_of(cfg: DictConfig) -> ModuleType:
@@ -106,17 +108,18 @@ def make_parts(
     if is_random(cfg.backbone):
         notes.append("The backbone's weights are random: it has learnt nothing.")
     module = family.module(cfg, loaded, frozen, candidates)
-    return Parts(module, data, loaded, family.conventions(cfg), notes, feature_seconds)
+    return Parts(module, data, loaded, family.conventions(cfg), notes, feature_seconds, fed.support)
 
 
 def _with_support(cfg: DictConfig, loaded: Loaded, candidates: Sequence[Candidate]) -> tuple[Loaded, str]:
     """The data with those training images only that the heads look at, none to train on; and a word on it."""
     if loaded.support is None:
         raise UserError(f"head={cfg.head.get('_target_')}: task={cfg.task.name} has no labelled images to look at.")
-    indices = chosen_support(cfg, loaded.support, [candidate.head for candidate in candidates])
-    names = [loaded.support.samples[index].image_id for index in indices]  # type: ignore[attr-defined]
+    whole = loaded.support if isinstance(loaded.support, Part) else Part(loaded.support, range(len(loaded.support)))  # type: ignore[arg-type]
+    indices = chosen_support(cfg, whole, [candidate.head for candidate in candidates])
+    names = [whole.samples[index].image_id for index in indices]
     note = f"not trained: {len(indices)} labelled images were looked at ({shorten(names, 20)})"
-    return dataclasses.replace(loaded, train=None, support=Subset(loaded.support, indices)), note
+    return dataclasses.replace(loaded, train=None, support=whole.part(indices)), note
 
 
 def _resolve_length(cfg: DictConfig, num_images: int) -> None:

@@ -41,8 +41,8 @@ def split_by_patient(cfg: DictConfig) -> PatientSplit:
         split.made = kept
     elif cfg.fold is not None or (found["train"] and not found["val"]):
         split.folds, source = _folds(cfg, reader, [*found["train"], *found["val"]], patients)
-        number = 0 if cfg.fold is None else int(cfg.fold)
-        if not 0 <= number < len(split.folds):
+        number = 0 if cfg.fold is None else cfg.fold
+        if not (isinstance(number, int) and 0 <= number < len(split.folds)):
             raise UserError(f"fold={cfg.fold}: there are {len(split.folds)} folds, 0 to {len(split.folds) - 1}.")
         split.made = split.folds[number]
         split.notes.append(f"fold {number} of {len(split.folds)}, by patient ({source})")

@@ -13,7 +13,7 @@ from dense_heads.data import segmentation
 from dense_heads.data.datasets.base import Sample
 from dense_heads.data.datasets.medical_folders import MedicalSample
 from dense_heads.data.field_of_view import bright_field
-from dense_heads.data.images import open_image, read_image, upright
+from dense_heads.data.images import UInt8, open_image, read_image, upright
 from dense_heads.data.labels import LabelRule
 from dense_heads.data.transforms import EvalTransform, TrainPipeline
 from dense_heads.errors import UserError
@@ -92,6 +92,10 @@ class ImageDataset(segmentation.SegmentationDataset):
         item |= {"case_id": sample.image_id, "slice_index": 0, "num_slices": 1, "spacing": (1.0, self.side, self.side)}
         if sample.instances is not None and isinstance(self.transform, EvalTransform):
             item["instances"] = torch.from_numpy(read_instances(sample).astype(np.int32))
+
+    def picture(self, index: int) -> UInt8:
+        """An image as it is on disk, (H, W, 3)."""
+        return read_image(self.samples[index].image)
 
     def foreground(self) -> list[bool]:
         """For each image, whether its label holds anything but background."""

@@ -12,6 +12,7 @@ import numpy.typing as npt
 from dense_heads.data import dicom
 from dense_heads.data.datasets.base import Sample
 from dense_heads.data.datasets.volumes import VolumeCase
+from dense_heads.data.images import UInt8
 from dense_heads.data.intensity import Intensity
 from dense_heads.data.labels import LabelRule
 from dense_heads.data.medical import CaseItem
@@ -177,6 +178,13 @@ class SliceDataset(SegmentationDataset):
         """Add the slice's place."""
         assert isinstance(sample, Slice)
         item.update(_place(sample))
+
+    def picture(self, index: int) -> UInt8:
+        """A slice as a person sees it: its first modality in grey, (H, W, 3)."""
+        sample = self.samples[index]
+        assert isinstance(sample, Slice)
+        grey = (255 * self.store.stack(sample.case).grey[0, sample.index]).round().astype(np.uint8)
+        return np.repeat(grey[..., None], 3, axis=2)
 
     def foreground(self) -> list[bool]:
         """For each slice, whether its label holds anything but background."""

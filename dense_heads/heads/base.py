@@ -14,6 +14,10 @@ class Head(nn.Module):
     `backbones/zoo.py` resolves for each backbone (`last`, `last4`, `even4`).
     """
 
+    auxiliary: Sequence[
+        tuple[float, Tensor]
+    ] = ()  # of the last forward in training: weights and maps of deep supervision
+
     def __init__(self, in_channels: Sequence[int], num_outputs: int, blocks: str = "last", norm: bool = True) -> None:
         """`in_channels`: width of each chosen block's map; `norm`: whether the backbone's final norm is applied."""
         super().__init__()

@@ -1,5 +1,6 @@
 """DPT: four blocks of a ViT, reassembled into a pyramid and fused from coarse to fine."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -42,6 +43,8 @@ class DPTHead(Head):
         batch_norm: batch normalisation behind each convolution of the residual units; officially none.
         readout: what becomes of the cls token: `project` (concatenated to each patch, linear layer, GELU; official),
             `add`, or `ignore`.
+        deep_supervision: in training the maps before the last fusion predict too, each through a 1x1 convolution of its
+            own; their losses count with this weight, halved at each coarser level. 0: none, as officially.
 
     Raises:
         UserError: not four blocks; a range, number or name that makes no sense; a range with several outputs.
@@ -60,6 +63,7 @@ class DPTHead(Head):
         head_channels: int = 32,
         batch_norm: bool = False,
         readout: str = "project",
+        deep_supervision: float = 0.0,
     ) -> None:
         super().__init__(in_channels, num_outputs, blocks, norm)
         if len(self.in_channels) != _NUM_LEVELS:
@@ -79,6 +83,14 @@ class DPTHead(Head):
                 f"head.channels={channels!r}, head.head_channels={head_channels!r}: expected whole numbers, at least "
                 "2 and 1 (officially 256 and 32)."
             )
+        if not (_is_weight(deep_supervision) and (deep_supervision == 0 or self.range_m is None)):
+            raise UserError(
+                f"head.deep_supervision={deep_supervision!r}: expected a number from 0 on, and 0 where the head "
+                "predicts depth."
+            )
+        self.deep_supervision = float(deep_supervision)
+        if self.deep_supervision > 0:  # officially there are none: no such keys in released files
+            self.deep = nn.ModuleList(nn.Conv2d(channels, num_outputs, 1) for _ in range(_NUM_LEVELS - 1))
         self.reassemble_blocks = _Reassemble(self.in_channels, widths, readout)
         self.convs = nn.ModuleList(_Conv(width, channels, 3, bias=False) for width in widths)
         self.fusion_blocks = nn.ModuleList(_Fusion(channels, level > 0, batch_norm) for level in range(_NUM_LEVELS))
@@ -95,14 +107,25 @@ class DPTHead(Head):
         levels = self.reassemble_blocks(features.patch_maps, features.cls_tokens)
         levels = [conv(level) for conv, level in zip(self.convs, levels, strict=True)]
         fused: Tensor | None = None
+        coarser: list[Tensor] = []  # what the fusions before the last one gave
         for fusion, level in zip(self.fusion_blocks, reversed(levels), strict=True):  # the deepest block first
+            if fused is not None:
+                coarser.append(fused)
             fused = fusion(level, fused)
+        self.auxiliary = self._deep_maps(coarser) if self.training else ()
         output: Tensor = self.conv_depth(self.project(fused).relu())
         if self.range_m is None:
             return output
         low, high = self.range_m
         depth = output.relu() + low
         return depth if self.training else depth.clamp(max=high)
+
+    def _deep_maps(self, coarser: Sequence[Tensor]) -> list[tuple[float, Tensor]]:
+        """The predictions of the coarser maps with their weights, the finest first."""
+        if self.deep_supervision == 0:
+            return []
+        maps = [conv(map) for conv, map in zip(self.deep, coarser, strict=True)]
+        return [(self.deep_supervision / 2**step, map) for step, map in enumerate(reversed(maps))]
 
 
 class _Conv(nn.Module):
@@ -239,6 +262,10 @@ def _checked_range(min_m: float | None, max_m: float | None, num_outputs: int) -
             "head.min_m=null head.max_m=null for a task that is not depth."
         )
     return check_range(min_m, max_m)
+
+
+def _is_weight(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
 
 
 def _whole(value: object) -> bool:

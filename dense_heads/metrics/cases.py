@@ -23,6 +23,8 @@ from dense_heads.ops.instances import Objects, numbered
 from dense_heads.structures import IGNORE_INDEX
 
 Array = npt.NDArray[Any]
+Cases = Mapping[str, Mapping[str, Any]]  # case -> {"classes": [measurements of each class], "ece": ..., ...}
+_COUNTS = ("tp", "fp", "fn")
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ class CaseMeter:
 
     def reset(self) -> None:
         """Start counting."""
-        self.cases: dict[str, dict[str, Any]] = {}  # whole ones
+        self.cases: dict[str, Mapping[str, Any]] = {}  # whole ones
         self._open: dict[str, Parts] = {}
 
     def update(
@@ -176,33 +178,47 @@ class CaseMeter:
             self._close(case, whole=False)
 
     def compute(self) -> dict[str, Any]:
-        """`scores` (name -> value), `spread` (name -> mean, std, low, high, cases), `per_class`, `cases`."""
+        """`cases` (case -> its measurements, over all processes), and what `summary` makes of them."""
         self.gather()
-        cases = {case: self._case_row(self.cases[case]) for case in sorted(self.cases)}
-        names = [name for name in self.protocol.names if name != "dice_pooled"]
-        spread = {name: over_cases([row[name] for row in cases.values()]) for name in names}
-        scores = {name: spread[name]["mean"] for name in names}
-        per_class = [self._class_summary(position) for position in range(len(self.protocol.measured))]
-        scores["dice_pooled"] = mean_known([row["dice_pooled"] for row in per_class])
-        return {"scores": scores, "spread": spread, "per_class": per_class, "cases": cases}
-
-    def _case_row(self, case: Mapping[str, Any]) -> dict[str, Any]:
-        rows = case["classes"]
-        scores = {self._named(name): mean_known([row[name] for row in rows]) for name in rows[0] if name not in _COUNTS}
-        more = {name: value for name, value in case.items() if name != "classes"}
-        return {**scores, **more, "no_distance": sum(bool(np.isnan(row["hd95"])) for row in rows)}
-
-    def _class_summary(self, position: int) -> dict[str, Any]:
-        rows = [case["classes"][position] for case in self.cases.values()]
-        means = {
-            self._named(n): mean_known([row[n] for row in rows]) for n in (rows[0] if rows else ()) if n not in _COUNTS
-        }
-        tp, fp, fn = (sum(row[count] for row in rows) for count in _COUNTS)
-        pooled = 2 * tp / (2 * tp + fp + fn) if tp + fp + fn else float("nan")
-        return {**means, "dice_pooled": pooled, "no_distance": sum(bool(np.isnan(row["hd95"])) for row in rows)}
-
-    def _named(self, name: str) -> str:
-        return f"{name}_{self.protocol.unit}" if name in ("hd95", "assd") else name
+        return {"cases": self.cases, **summary(self.cases, self.protocol)}
 
 
-_COUNTS = ("tp", "fp", "fn")
+def summary(cases: Cases, protocol: Protocol) -> dict[str, Any]:
+    """The scores of a split from the measurements of its cases.
+
+    Returns:
+        `scores` (name -> value), `spread` (name -> mean, std, low, high, number of cases), `per_class` (one row for
+        each measured class), `rows` (case -> its scores, mean over classes).
+    """
+    rows = {case: _case_row(cases[case], protocol) for case in sorted(cases)}
+    names = [name for name in protocol.names if name != "dice_pooled"]
+    spread = {name: over_cases([row[name] for row in rows.values()]) for name in names}
+    scores = {name: spread[name]["mean"] for name in names}
+    per_class = [_class_row(cases, position, protocol) for position in range(len(protocol.measured))]
+    scores["dice_pooled"] = mean_known([row["dice_pooled"] for row in per_class])
+    return {"scores": scores, "spread": spread, "per_class": per_class, "rows": rows}
+
+
+def named(row: Mapping[str, float], protocol: Protocol) -> dict[str, float]:
+    """The measurements of a class under the names of scores, with their unit."""
+    return {f"{name}_{protocol.unit}" if name in ("hd95", "assd") else name: value for name, value in row.items()}
+
+
+def _case_row(case: Mapping[str, Any], protocol: Protocol) -> dict[str, Any]:
+    rows = [named(row, protocol) for row in case["classes"]]
+    means = {name: mean_known([row[name] for row in rows]) for name in rows[0] if name not in _COUNTS}
+    more = {name: value for name, value in case.items() if name != "classes"}
+    return {**means, **more, "no_distance": _without_distance(case["classes"])}
+
+
+def _class_row(cases: Cases, position: int, protocol: Protocol) -> dict[str, Any]:
+    raw = [case["classes"][position] for case in cases.values()]
+    rows = [named(row, protocol) for row in raw]
+    means = {n: mean_known([row[n] for row in rows]) for n in (rows[0] if rows else ()) if n not in _COUNTS}
+    tp, fp, fn = (sum(row[count] for row in raw) for count in _COUNTS)
+    pooled = 2 * tp / (2 * tp + fp + fn) if tp + fp + fn else float("nan")
+    return {**means, "dice_pooled": pooled, "no_distance": _without_distance(raw)}
+
+
+def _without_distance(rows: Sequence[Mapping[str, float]]) -> int:
+    return sum(bool(np.isnan(row["hd95"])) for row in rows)

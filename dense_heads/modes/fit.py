@@ -44,7 +44,13 @@ def main(cfg: DictConfig) -> float:
     if cfg.resume is None and int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0:
         cfg.resume = "auto"  # the cluster started this job again
     parts = make_parts(cfg)  # every mistake that shows cheaply shows here, before a folder is made
-    folder = run_folder(cfg)
+    return run_in(cfg, run_folder(cfg), parts, started)
+
+
+def run_in(cfg: DictConfig, folder: Path, parts: Parts | None = None, started: float | None = None) -> float:
+    """The same in a folder that is there, with `config.yaml` and `overrides.yaml` in it."""
+    started = time.monotonic() if started is None else started
+    parts = make_parts(cfg) if parts is None else parts
     log.info("run folder %s", folder)
     if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
         keep_split(folder, cfg, parts.loaded)
@@ -106,9 +112,9 @@ def learn(cfg: DictConfig, trainer: pl.Trainer, parts: Parts, checkpoint: Path |
     if not parts.module.training_free:
         trainer.fit(parts.module, parts.data, ckpt_path=checkpoint, weights_only=True)
         return
-    assert parts.loaded.support is not None
+    assert parts.support is not None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    observe(parts.module.to(device), parts.loaded.support, Inference(**plain(cfg.task.inference)))
+    observe(parts.module.to(device), parts.support, Inference(**plain(cfg.task.inference)))
 
 
 def keep(folder: Path, measured: Measured) -> None:
@@ -130,8 +136,7 @@ def measure(trainer: pl.Trainer, parts: Parts) -> str:
 
 def validate(trainer: pl.Trainer, parts: Parts) -> None:
     """Measure on validation, unless that has just been done on these very weights."""
-    last = parts.module.results.get("val")
-    if last is None or last.step != trainer.global_step:
+    if not parts.module.is_measured("val", trainer.global_step):
         trainer.validate(parts.module, parts.data, verbose=False)
 
 

@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
@@ -60,10 +61,10 @@ def run_folder(cfg: DictConfig) -> Path:
     return folder
 
 
-def keep_run(folder: Path, cfg: DictConfig) -> None:
-    """Write `config.yaml` and `overrides.yaml`."""
+def keep_run(folder: Path, cfg: DictConfig, overrides: Sequence[str] | None = None) -> None:
+    """Write `config.yaml` and `overrides.yaml`: what was composed, and what was typed for it (the command's own)."""
     write_atomically(folder / "config.yaml", OmegaConf.to_yaml(cfg, resolve=True))
-    keep_overrides(folder, HydraConfig.get().overrides.task)
+    keep_overrides(folder, HydraConfig.get().overrides.task if overrides is None else overrides)
 
 
 def evaluation_folder(cfg: DictConfig) -> Path:

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import math
 import platform
 import subprocess
 from collections.abc import Iterator, Mapping
@@ -16,10 +15,12 @@ from omegaconf import DictConfig
 
 from dense_heads.build.config import plain
 from dense_heads.build.parts import Parts, family_of
+from dense_heads.modes.cases import without_nan, write_cases
 from dense_heads.modes.published import published_row
 from dense_heads.ops.files import write_atomically
 from dense_heads.paths import CONF_DIR
 from dense_heads.report.tables import read_summary
+from dense_heads.training.base import DenseModule
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,10 @@ def blind_scores(cfg: DictConfig, parts: Parts, stage: str) -> list[dict[str, An
 
 def write_outcome(folder: Path, measured: Measured) -> dict[str, Any]:
     """Write `metrics.json`, and `grid.csv` where there are several candidates; returns what `metrics.json` holds."""
-    found: dict[str, Any] = _plain(_outcome(measured))
+    found: dict[str, Any] = without_nan(_outcome(measured))
     write_atomically(folder / "metrics.json", (json.dumps(found, indent=2, ensure_ascii=False) + "\n").encode())
+    if details := _details(measured):
+        write_cases(folder, details, [row["name"] for row in found["per_class"]])
     rows = found["candidates"]
     if len(rows) > 1:
         columns = list(dict.fromkeys(key for row in rows for key in row))
@@ -93,6 +96,7 @@ def _outcome(measured: Measured) -> dict[str, Any]:
             "parameters": sum(p.numel() for p in head.parameters()),
         },
         "metrics": {f"{stage}/{name}": value for name, value in result.scores[leader].items()},
+        "spread": _spread(measured),
         "per_class": [{**row, "colour": colours.get(row["name"])} for row in result.per_class[leader]],
         "primary": f"{stage}/{module.primary}",
         "direction": module.direction,
@@ -110,7 +114,7 @@ def _outcome(measured: Measured) -> dict[str, Any]:
             "select": cfg.task.protocol.select,
         },
         "conventions": parts.conventions,
-        "selected_on": _selected_on(cfg, len(module.candidates), measured.trials, stage),
+        "selected_on": _selected_on(cfg, module, measured.trials, stage),
         "published": published,
         "baseline": measured.baseline,
         "blind": measured.blind,
@@ -125,7 +129,22 @@ def _outcome(measured: Measured) -> dict[str, Any]:
     }
 
 
-def _selected_on(cfg: DictConfig, num_candidates: int, num_trials: int, stage: str) -> str:
+def _details(measured: Measured) -> dict[str, Any] | None:
+    """The leader's cases, in families that measure by case."""
+    module = measured.parts.module
+    return module.details[module.leader()] if module.details else None
+
+
+def _spread(measured: Measured) -> dict[str, Any] | None:
+    """Over the cases: mean, standard deviation, interval and number, for each score."""
+    details = _details(measured)
+    return None if details is None else {f"{measured.stage}/{name}": row for name, row in details["spread"].items()}
+
+
+def _selected_on(cfg: DictConfig, module: DenseModule, num_trials: int, stage: str) -> str:
+    num_candidates = len(module.candidates)
+    if module.training_free and num_candidates == 1:
+        return "nothing is trained, so there is nothing to select"
     chosen = (
         "the last checkpoint" if cfg.task.protocol.select == "last" else "the checkpoint that was best on validation"
     )
@@ -150,17 +169,6 @@ def _candidates(measured: Measured) -> Iterator[dict[str, Any]]:
             **{f"{measured.stage}/{name}": value for name, value in result.scores[index].items()},
             "retired_at_step": module.retired.get(candidate.name),
         }
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no nan: null stands for it."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return value
 
 
 def commit() -> str | None:

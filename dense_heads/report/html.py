@@ -9,6 +9,7 @@ from typing import Any
 
 from PIL import Image
 
+from dense_heads.report.cases import html_cases, html_folds, spread_text
 from dense_heads.report.curves import draw_curves, figure_bytes
 from dense_heads.report.fragments import card, count, definitions, duration, figure, joined, section
 from dense_heads.report.sweep import html_sweep
@@ -50,6 +51,8 @@ def write_report(run_dir: Path) -> Path:
     after = [
         html_sweep(run_dir),
         section("Classes", html_classes(summary)) if summary.get("per_class") else "",
+        html_folds(summary),
+        html_cases(run_dir / "cases.csv"),
         _candidates(run_dir / "grid.csv"),
         _protocol(summary),
         _facts(summary),
@@ -104,7 +107,8 @@ def _own_card(summary: Summary) -> str:
     value = format_metric(primary, next((row.value for row in score_rows(summary) if row.primary), None))
     better = {"max": "higher is better", "min": "lower is better"}.get(str(summary.get("direction")), "")
     chosen = f"checkpoint: {escape(summary['selected_on'])}" if summary.get("selected_on") else ""
-    return card(escape(metric_label(primary)), value, "<br>".join(filter(None, (better, chosen))), "own")
+    below = "<br>".join(filter(None, (escape(spread_text(summary, primary)), better, chosen)))
+    return card(escape(metric_label(primary)), value, below, "own")
 
 
 def _blind_card(summary: Summary, main: ScoreRow) -> str:

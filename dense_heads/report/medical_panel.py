@@ -53,6 +53,7 @@ def contour_panel(
     class_names: Sequence[str],
     title: str = "",
     multilabel: bool = False,
+    objects: bool = False,
 ) -> Image.Image:
     """Image | label | prediction | both: outlines in the classes' colours, and over each other for comparison.
 
@@ -64,21 +65,27 @@ def contour_panel(
         class_names: K names.
         title: one line above the tiles.
         multilabel: whether pixels can have several labels.
+        objects: label and prediction are numbered objects of the one class.
     """
     height, width = image.shape[:2]
     scale = min(420 / height, 420 / width, 8.0)
     size = max(1, round(width * scale)), max(1, round(height * scale))
     shown = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS))
     colours = drawn_colours(palette, multilabel)
-    found = [grow(mask, size) for mask in class_masks(prediction, len(palette), multilabel)]
+
+    def drawn(on: Pixels, labels: Labels, colours: Sequence[Colour], width: int) -> Pixels:
+        if objects:
+            return outlined_objects(on, grow(labels, size), colours[0], width)
+        masks = [grow(mask, size) for mask in class_masks(labels, len(palette), multilabel)]
+        return outlined(on, masks, colours, width)
+
     tiles = [("image", shown)]
     if label is not None:
-        known = [grow(mask, size) for mask in class_masks(label, len(palette), multilabel)]
-        tiles.append(("label", outlined(shown, known, colours, 2)))
-    tiles.append(("prediction", outlined(shown, found, colours, 2)))
+        tiles.append(("label", drawn(shown, label, colours, 2)))
+    tiles.append(("prediction", drawn(shown, prediction, colours, 2)))
     if label is not None:
-        both = outlined(shown, found, colours, 2)
-        tiles.append(("prediction, label in white", outlined(both, known, [LABEL] * len(known))))
+        both = drawn(tiles[-1][1], label, [LABEL] * len(colours), 1)
+        tiles.append(("prediction, label in white", both))
     return compose(tiles, 2, legend(palette, class_names, multilabel), title)
 
 

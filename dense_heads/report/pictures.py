@@ -2,7 +2,8 @@
 
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from dense_heads.structures import IMAGENET_MEAN, IMAGENET_STD, Batch, Size
 # image or None, label or None, prediction, title; label and prediction are arrays, or of objects dicts of arrays
 Panel = Callable[[Any, Any, Any, str], Image.Image]
 
+Cases = Callable[[Any, Any, str], Iterable[tuple[str, Image.Image]]]
+
 
 class PictureCallback(pl.Callback):
     """Draws the first images of each validation and of the test, into the run folder and to loggers that take pictures.
@@ -35,19 +38,22 @@ class PictureCallback(pl.Callback):
     def __init__(
         self,
         folder: str | Path,
-        panel: Panel,
-        label_key: str | Sequence[str],
+        panel: Panel | None = None,
+        label_key: str | Sequence[str] = "",
         every: int = 1,
         num: int = 4,
+        cases: Cases | None = None,
     ) -> None:
         """Keep what the pictures need.
 
         Args:
             folder: the run folder; `pictures/` is made in it.
-            panel: draws (image or None, label or None, prediction, title) as one picture.
+            panel: draws (image or None, label or None, prediction, title) as one picture; None: no single images.
             label_key: where the batch keeps the labels: `mask`, `depth_m`; several keys make a dict.
             every: draw at every so many validations, and always at the last one of the training.
             num: images per validation or test; 0 draws none.
+            cases: draws whole cases once a test or the last validation is measured: (module, data set, `val` or `test`)
+                -> (file name, picture) of each.
 
         Raises:
             UserError: `every` below 1 or `num` below 0.
@@ -57,7 +63,7 @@ class PictureCallback(pl.Callback):
             raise UserError(f"Pictures: got every={every} and num={num}; expected every >= 1 and num >= 0 (0: none).")
         self.folder = Path(folder) / "pictures"
         self.panel, self.label_key = panel, label_key
-        self.every, self.num = every, num
+        self.every, self.num, self.cases = every, num, cases
         self._validations = 0
         self._left = 0  # pictures still to draw in this pass over the data
 
@@ -98,8 +104,25 @@ class PictureCallback(pl.Callback):
         """Draw."""
         self._draw(trainer, outputs, batch, "test")
 
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Draw cases, at the end of the training and wherever there is none."""
+        last = trainer.state.fn != TrainerFn.FITTING or 0 < trainer.max_steps <= trainer.global_step
+        if last and not trainer.sanity_checking:
+            self._draw_cases(trainer, pl_module, "val")
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Draw cases."""
+        self._draw_cases(trainer, pl_module, "test")
+
+    def _draw_cases(self, trainer: pl.Trainer, pl_module: pl.LightningModule, split: str) -> None:
+        if self.cases is None or not self.num or not trainer.is_global_zero:
+            return
+        shutil.rmtree(self.folder / split, ignore_errors=True)  # other cases may have been the worst before
+        for name, picture in self.cases(pl_module, getattr(trainer.datamodule, split), split):  # type: ignore[attr-defined]
+            self._keep(trainer, split, _file_name(name), picture)
+
     def _draw(self, trainer: pl.Trainer, outputs: Any, batch: Batch, split: str) -> None:
-        if not trainer.is_global_zero or not self._left:
+        if not trainer.is_global_zero or not self._left or self.panel is None:
             return
         predictions = outputs["prediction"]
         for index, tensor in enumerate(predictions[: self._left]):
@@ -108,18 +131,21 @@ class PictureCallback(pl.Callback):
             image_id = batch["image_id"][index]
             image = _restore(batch, index, _size(prediction, batch, index))
             panel = self.panel(image, label, prediction, image_id)
-            name = _file_name(image_id)
-            path = self.folder / split / f"{name}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            panel.save(path)
-            for logger in trainer.loggers:
-                if isinstance(logger, TensorBoardLogger):
-                    logger.experiment.add_image(
-                        f"{split}/{name}", np.asarray(panel), trainer.global_step, dataformats="HWC"
-                    )
-                elif isinstance(logger, WandbLogger):
-                    logger.log_image(f"{split}/pictures/{name}", [panel], step=trainer.global_step)
+            self._keep(trainer, split, _file_name(image_id), panel)
         self._left -= min(self._left, len(predictions))
+
+    def _keep(self, trainer: pl.Trainer, split: str, name: str, picture: Image.Image) -> None:
+        """As a file, and in the loggers that take pictures."""
+        path = self.folder / split / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        picture.save(path)
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_image(
+                    f"{split}/{name}", np.asarray(picture), trainer.global_step, dataformats="HWC"
+                )
+            elif isinstance(logger, WandbLogger):
+                logger.log_image(f"{split}/pictures/{name}", [picture], step=trainer.global_step)
 
 
 def _numpy(value: Any) -> Any:

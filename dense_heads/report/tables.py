@@ -27,6 +27,12 @@ LABELS |= {name: name.replace("_", " ").replace("map", "mAP") for name in (*_PRE
 CLASS_COLUMNS = ("iou", "acc", "map", "map_50", "mask_map", "mask_map_50", "voc_ap_50")
 GREY = (190, 194, 199)
 
+# Of medical segmentation.
+PERCENT |= {"dice_pooled", "surface_dice", "sensitivity", "precision", "ap", "ap50", "aji"}
+LABELS |= {"iou": "IoU", "dice_pooled": "Dice, pooled", "surface_dice": "surface Dice", "volume_error": "volume error"}
+LABELS |= {"ece": "ECE", "ap": "AP", "ap50": "AP50", "aji": "AJI"}
+LABELS |= {f"{name}_{unit}": f"{name.upper()} ({unit})" for name in ("hd95", "assd") for unit in ("mm", "px")}
+
 # What `metrics.json` must and may hold: key -> type, and whether the report needs it.
 _SCHEMA: dict[str, tuple[type | tuple[type, ...], bool]] = {
     "task": (str, True),
@@ -38,6 +44,8 @@ _SCHEMA: dict[str, tuple[type | tuple[type, ...], bool]] = {
     "per_class": (list, False),
     "protocol": (dict, False),
     "published": (dict, False),
+    "spread": (dict, False),
+    "folds": (list, False),
     "baseline": (dict, False),
     "blind": (list, False),
     "notes": (list, False),

@@ -83,6 +83,7 @@ class DenseModule(pl.LightningModule):
         self.primary, self.direction, self.seed = primary, direction, seed
         self.retired: dict[str, int] = {}  # candidate -> the step at which its loss or gradient was not finite
         self.results: dict[str, Result] = {}  # stage -> its latest
+        self.details: list[dict[str, Any]] = []  # of each candidate, where cases are measured: the latest
         self.requests = [backbone.request(candidate.head) for candidate in candidates]
 
     @property
@@ -223,11 +224,7 @@ class DenseModule(pl.LightningModule):
     def _evaluation_step(self, batch: Batch) -> dict[str, list[Any]]:
         predictions = self.predict(batch)
         self.count(predictions, batch)
-        return {"prediction": self.drawn(predictions[self.leader()])}
-
-    def drawn(self, predictions: list[Tensor]) -> list[Tensor]:
-        """A candidate's predictions as pictures show them."""
-        return predictions
+        return {"prediction": predictions[self.leader()]}
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, list[Any]]:
         """Predict and count; returns the leading candidate's predictions for the pictures."""
@@ -257,6 +254,11 @@ class DenseModule(pl.LightningModule):
     def on_test_epoch_end(self) -> None:
         """Measure and log `test/...`."""
         self._finish("test")
+
+    def is_measured(self, stage: str, step: int) -> bool:
+        """Whether what was measured last is the heads as they are at `step`."""
+        last = self.results.get(stage)
+        return last is not None and last.step == step
 
     def ranking(self, stage: str = "val") -> list[int]:
         """Candidates from best to worst by the primary metric of a stage; retired and unmeasured ones last."""

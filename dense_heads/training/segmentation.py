@@ -27,9 +27,16 @@ class LabelModule(DenseModule):
         mask = self.labels(batch)
         assert isinstance(mask, Tensor)
         placement = self.backbone.placement(features)
-        if isinstance(candidate.loss, SegmentationLoss):
-            return candidate.loss.of_map(output, mask, placement)
-        loss: Tensor = candidate.loss(placement.enlarge(output.float()), mask)
+
+        def of(map: Tensor) -> Tensor:
+            if isinstance(candidate.loss, SegmentationLoss):
+                return candidate.loss.of_map(map, mask, placement)
+            own: Tensor = candidate.loss(placement.enlarge(map.float()), mask)
+            return own
+
+        loss = of(output)
+        for weight, map in candidate.head.auxiliary:
+            loss = loss + weight * of(map)
         return loss
 
     def labels(self, batch: Batch) -> Tensor | list[Tensor]:

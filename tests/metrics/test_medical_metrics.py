@@ -117,7 +117,7 @@ def test_a_case_is_measured_as_the_whole_that_its_slices_make():
             ).mean().item(),
         }  # fmt: skip
         for score, value in expected[name].items():
-            assert found["cases"][name][score] == pytest.approx(value, abs=1e-5)
+            assert found["rows"][name][score] == pytest.approx(value, abs=1e-5)
     means = {score: np.mean([case[score] for case in expected.values()]) for score in ("dice", "hd95_mm")}
     for score, value in means.items():
         assert found["scores"][score] == pytest.approx(value, abs=1e-5) == found["spread"][score]["mean"]
@@ -181,7 +181,7 @@ def test_a_case_without_a_class_is_left_out_of_distances_and_counted():
     meter.update("some", 0, 1, (1, 1, 1), torch.nn.functional.one_hot(some, 2).permute(2, 0, 1).float(), some)
     found = meter.compute()
     assert found["scores"]["dice"] == 1 and found["scores"]["hd95_px"] == 0
-    assert found["spread"]["hd95_px"]["cases"] == 1 and found["cases"]["empty"]["no_distance"] == 1
+    assert found["spread"]["hd95_px"]["cases"] == 1 and found["rows"]["empty"]["no_distance"] == 1
 
 
 def test_the_interval_holds_the_mean_in_about_95_of_100_samples():
