@@ -1,18 +1,84 @@
 """The parts of a ViT block. Attribute names are those of the official state dict (facts sheet 1.3)."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 NORM_EPS = 1e-6
+CHUNK = 460  # queries at a time where attention is computed in chunks: 460 x 1370 scores in bfloat16 are 1.3 MB
 SUBSET_ABOVE = 0.1  # drop rates above it leave samples out of the computation; below it only their result is dropped
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Softmax attention over all tokens, (B, heads, T, head_dim) each: the one place that chooses the route."""
+    """Softmax attention over all tokens, (B, heads, T, head_dim) each: the one place that chooses the route.
+
+    PyTorch's fused attention is the fastest but in one place: in bfloat16 on a processor without a graph for gradients,
+    where it runs at half the speed of plain matrix products (`scripts/benchmark.py backbone`).
+    """
+    needs_gradient = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
+    if query.device.type == "cpu" and query.dtype == torch.bfloat16 and not (needs_gradient or _is_traced()):
+        return _chunked_attention(query, key, value)
     return F.scaled_dot_product_attention(query, key, value)
+
+
+def _chunked_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """The same, head by head, in chunks of queries whose scores stay in the processor's cache; nothing is left out."""
+    tokens, head_dim = query.shape[-2:]
+    query = (query * head_dim**-0.5).contiguous()
+    out = torch.empty_like(query)
+    rows = -(-tokens // -(-tokens // CHUNK))  # chunks of nearly equal size
+    scores = query.new_empty(min(rows, tokens), key.shape[-2])
+    heads = [tensor.flatten(0, 1) for tensor in (query, key.contiguous(), value.contiguous(), out)]
+    for of_query, of_key, of_value, result in zip(*heads, strict=True):
+        for chunk, target in zip(of_query.split(rows), result.split(rows), strict=True):
+            part = scores[: len(chunk)]
+            torch.mm(chunk, of_key.T, out=part)
+            torch.softmax(part, dim=-1, out=part)
+            torch.mm(part, of_value, out=target)
+    return out
+
+
+class Linear(nn.Linear):
+    """`nn.Linear` that keeps its weight in the processor's own layout where it pays: frozen, bfloat16, on a CPU.
+
+    PyTorch otherwise lays it out anew in each call. Costs a second copy of the weight, made again when it changes.
+    """
+
+    _laid_out: tuple[object, Tensor] | None = None
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        if not self._pays(input):
+            return super().forward(input)
+        version = version_of(self.weight)
+        if self._laid_out is None or self._laid_out[0] != version:
+            rows = input.numel() // input.shape[-1]
+            self._laid_out = version, torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), rows)
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(input, self._laid_out[1], self.bias, "none", [], "")
+        return out
+
+    def _pays(self, input: Tensor) -> bool:
+        if input.device.type != "cpu" or input.dtype != torch.bfloat16 or self.weight.dtype != torch.bfloat16:
+            return False
+        needs_gradient = torch.is_grad_enabled() and (self.weight.requires_grad or input.requires_grad)
+        if needs_gradient or _is_traced():
+            return False
+        return hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in vars(self).items() if key != "_laid_out"}  # it cannot be copied
+
+
+def version_of(tensor: Tensor) -> tuple[int, int]:
+    """Changes when `tensor` is written to or replaced: an EMA update does so without `load_state_dict`."""
+    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+
+
+def _is_traced() -> bool:
+    return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
 
 
 class PatchEmbed(nn.Module):
@@ -34,8 +100,8 @@ class Attention(nn.Module):
     def __init__(self, dim: int, num_heads: int) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
@@ -52,8 +118,8 @@ class Mlp(nn.Module):
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
+        self.fc1 = Linear(dim, hidden)
+        self.fc2 = Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
@@ -67,8 +133,8 @@ class SwiGLU(nn.Module):
     def __init__(self, dim: int, mlp_hidden: int) -> None:
         super().__init__()
         hidden = (int(mlp_hidden * 2 / 3) + 7) // 8 * 8  # two thirds keep the parameter count of an MLP
-        self.w12 = nn.Linear(dim, 2 * hidden)
-        self.w3 = nn.Linear(hidden, dim)
+        self.w12 = Linear(dim, 2 * hidden)
+        self.w3 = Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
@@ -120,12 +186,12 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, D) -> (B, T, D)."""
-        x = self._add(x, lambda tokens: self.ls1(self.attn(self.norm1(tokens))))
-        return self._add(x, lambda tokens: self.ls2(self.mlp(self.norm2(tokens))))
+        x = self._add(x, lambda tokens: self.attn(self.norm1(tokens)), self.ls1)
+        return self._add(x, lambda tokens: self.mlp(self.norm2(tokens)), self.ls2)
 
-    def _add(self, x: Tensor, branch: Callable[[Tensor], Tensor]) -> Tensor:
+    def _add(self, x: Tensor, branch: Callable[[Tensor], Tensor], scale: LayerScale) -> Tensor:
         if not self.training or self.drop_rate == 0.0:
-            return x + branch(x)
+            return torch.addcmul(x, branch(x), scale.gamma)  # in one go through memory
         if self.drop_rate > SUBSET_ABOVE:
-            return subset_residual(x, branch, self.drop_rate)
-        return x + drop_path(branch(x), self.drop_rate)
+            return subset_residual(x, lambda tokens: scale(branch(tokens)), self.drop_rate)
+        return x + drop_path(scale(branch(x)), self.drop_rate)

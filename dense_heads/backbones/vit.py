@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dense_heads.backbones.base import Backbone, check_patch_fit
-from dense_heads.backbones.layers import NORM_EPS, Block, PatchEmbed
+from dense_heads.backbones.layers import NORM_EPS, Block, PatchEmbed, version_of
 from dense_heads.errors import UserError, unknown_name
 
 CACHED_SIZES = 16  # positional maps kept at once: a folder of images of all sizes must not fill the memory
@@ -173,7 +173,7 @@ class VisionTransformer(Backbone):
             return self.pos_embed  # as stored, not cast: so does the original
         if not self._keeps_positions():
             return self._interpolate(height, width).to(dtype)
-        key = (height, width, dtype, _version(self.pos_embed))
+        key = (height, width, dtype, version_of(self.pos_embed))
         if key not in self._positions:
             # A normal tensor even if the first call runs in inference mode: a later one may not.
             with torch.inference_mode(False), torch.no_grad():
@@ -209,7 +209,7 @@ class VisionTransformer(Backbone):
 
         Changes made behind autograd's back (`parameter.data.mul_()`) are not noticed.
         """
-        version = tuple(_version(parameter) for parameter in self.parameters())
+        version = tuple(version_of(parameter) for parameter in self.parameters())
         if self._fingerprint is None or self._fingerprint[0] != version:
             architecture = [
                 *(self.embed_dim, self.num_blocks, self.num_heads, self.num_registers, self.ffn, self.patch_size),
@@ -234,8 +234,3 @@ def _forget_derived(module: nn.Module, incompatible_keys: object = None) -> None
     assert isinstance(module, VisionTransformer)
     module._positions.clear()
     module._fingerprint = None
-
-
-def _version(tensor: Tensor) -> tuple[int, int]:
-    """Changes when `tensor` is written to or replaced: an EMA update does so without `load_state_dict`."""
-    return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version

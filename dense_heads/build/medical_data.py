@@ -50,7 +50,10 @@ def load(cfg: DictConfig, check: bool) -> Loaded:
     if cfg.fold is not None:
         found["test"] = None  # a fold is measured on the cases that it holds out
     return Loaded(
-        **found,
+        train=found["train"],
+        val=found["val"],
+        test=found["test"],
+        support=found.get("support"),
         collate_train=collate_train,
         collate_eval=collate_eval,
         num_images={name: _num(found[name]) for name in ("train", "val", "test")},

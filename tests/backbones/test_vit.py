@@ -241,8 +241,9 @@ def test_positions_follow_the_weights(images):
     vit = tiny().requires_grad_(False)
     vit(images)
 
+    @torch.no_grad()  # or it would take the route that gradients need
     def fresh():
-        return copy.deepcopy(vit).requires_grad_(True)(images)["prenorm"].detach()
+        return copy.deepcopy(vit).requires_grad_(True)(images)["prenorm"]
 
     state = {key: value.clone() for key, value in vit.state_dict().items()}
     state["pos_embed"] = state["pos_embed"] * 2
@@ -355,3 +356,29 @@ def test_autocast_and_half_precision(images):
     assert mixed.dtype == torch.float32  # the residual stream stays in full precision, as in the original
     torch.testing.assert_close(mixed, reference, atol=0.1, rtol=0.1)
     assert vit.to(torch.bfloat16)(images)["prenorm"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 459, 460, 461, 1370])
+def test_attention_in_bfloat16_is_that_of_float64(tokens):
+    from dense_heads.backbones.layers import attention
+
+    query, key, value = torch.randn(3, 2, 3, tokens, 16).bfloat16()
+    expected = torch.softmax(query.double() @ key.double().mT / 4, dim=-1) @ value.double()
+    with torch.no_grad():
+        found = attention(query, key, value)
+    assert found.dtype == torch.bfloat16
+    assert (found.double() - expected).norm() / expected.norm() < 1e-2
+
+
+def test_linear_layers_lay_their_weights_out_anew_when_they_change():
+    from dense_heads.backbones.layers import Linear
+
+    linear = Linear(24, 40).bfloat16().requires_grad_(False)
+    x = torch.randn(2, 5, 24).bfloat16()
+    for _ in range(2):
+        expected = nn.functional.linear(x.double(), linear.weight.double(), linear.bias.double())
+        torch.testing.assert_close(linear(x).double(), expected, rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(copy.deepcopy(linear)(x), linear(x))
+        linear.weight.mul_(-3)
+    linear.requires_grad_(True)(x).sum().backward()
+    assert linear.weight.grad is not None

@@ -10,6 +10,7 @@ import yaml
 
 from dense_heads.backbones.weights import load_backbone
 from dense_heads.backbones.zoo import BACKBONES, get_spec, resolve_blocks
+from dense_heads.build.heads import HOW_IT_RUNS
 from dense_heads.errors import UserError
 
 CONF = Path(__file__).parents[2] / "conf" / "backbone"
@@ -54,8 +55,11 @@ def test_unknown_names_list_what_there_is():
 
 def test_every_backbone_has_an_option_and_every_key_is_an_argument():
     options = {path.stem: yaml.safe_load(path.read_text()) for path in CONF.glob("*.yaml")}
+    base = options.pop("_base")
     assert set(options) == set(BACKBONES)
-    for name, option in options.items():
+    for name, own in options.items():
+        assert own.pop("defaults") == ["_base", "_self_"]
+        option = {key: value for key, value in {**base, **own}.items() if key not in HOW_IT_RUNS}
         assert option.pop("_target_") == "dense_heads.backbones.weights.load_backbone"
         bound = inspect.signature(load_backbone).bind(**option).arguments
         assert bound["name"] == name
