@@ -50,7 +50,7 @@ def make_card(cfg: DictConfig, frozen: FrozenBackbone, head: Head, name: str, ar
         classes=list(classes.names),
         colours=classes.colours.tolist(),
         labels=family.labels(cfg),
-        preprocessing={**plain(cfg.task.transforms.eval), "patch_fit": frozen.patch_fit},
+        preprocessing=_preprocessing(cfg, frozen),
         inference=plain(cfg.task.inference),
         settings=settings_of(cfg),
         licence={"code": "Apache-2.0", "data": cfg.task.licence},
@@ -78,6 +78,10 @@ def make_model(cfg: DictConfig) -> DenseModel:
         kept,
         settings={**kept.settings, **settings_of(cfg)},
         inference=plain(cfg.task.inference),
-        preprocessing={**plain(cfg.task.transforms.eval), "patch_fit": frozen.patch_fit},
+        preprocessing=_preprocessing(cfg, frozen),
     )
     return assemble(card, frozen, trained_head(Path(cfg.model), frozen))
+
+
+def _preprocessing(cfg: DictConfig, frozen: FrozenBackbone) -> dict[str, Any]:
+    return {**plain(cfg.task.transforms.eval), "patch_fit": frozen.patch_fit, "precision": frozen.precision}

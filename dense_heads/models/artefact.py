@@ -139,5 +139,5 @@ def load_model(path: str | Path, device: str = "cpu") -> DenseModel:
         loaded = load_backbone(**arguments)
     except TypeError as error:
         raise UserError(f"{folder}: the backbone's arguments do not fit this version: {error}.") from error
-    backbone = FrozenBackbone(loaded, card.preprocessing["patch_fit"])
+    backbone = FrozenBackbone(loaded, card.preprocessing["patch_fit"], card.preprocessing.get("precision", "float32"))
     return assemble(card, backbone, trained_head(folder, backbone)).to(device)

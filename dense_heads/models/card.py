@@ -23,7 +23,7 @@ class Card:
     classes: list[str]
     colours: list[list[int]]
     labels: dict[str, Any]  # arguments of LabelRule: raw value <-> class
-    preprocessing: dict[str, Any]  # arguments of EvalTransform, and the patch fit
+    preprocessing: dict[str, Any]  # arguments of EvalTransform, and the patch fit and precision of the backbone
     inference: dict[str, Any]  # arguments of Inference
     licence: dict[str, str]
     settings: dict[str, Any] = field(default_factory=dict)  # what only the family's model needs

@@ -26,6 +26,8 @@ from dense_heads.ops.pad import Placement, fit_to_patch
 from dense_heads.ops.precision import resolve_precision
 from dense_heads.structures import NO_PADDING, FeatureRequest, Features, Levels, Size, View
 
+OF_BACKBONE = ("patch_fit", "precision")  # of a card's preprocessing: what FrozenBackbone takes
+
 
 class FrozenBackbone(nn.Module):
     """A backbone that never changes: its features are data.
@@ -72,6 +74,11 @@ class FrozenBackbone(nn.Module):
     def train(self, mode: bool = True) -> Self:
         """Stays in eval mode, whatever is asked: normalisation and stochastic depth must not wake up."""
         return super().train(False)
+
+    @property
+    def precision(self) -> str:
+        """The type that it computes in, by name."""
+        return str(self.dtype).removeprefix("torch.")
 
     def fingerprint(self) -> str:
         """Of the float32 weights, whatever the backbone computes in."""
@@ -143,7 +150,7 @@ class DenseModel(nn.Module):
         self.backbone = backbone
         self.head = head
         self.card = card
-        self.transform = self.transform_type(**{k: v for k, v in card.preprocessing.items() if k != "patch_fit"})
+        self.transform = self.transform_type(**{k: v for k, v in card.preprocessing.items() if k not in OF_BACKBONE})
         self.inference = self.inference_type(**card.inference)
 
     def forward(self, images: Tensor) -> Tensor:

@@ -87,7 +87,7 @@ def _outcome(measured: Measured) -> dict[str, Any]:
             "weights": cfg.backbone.weights,  # null: random, from the seed
             "seed": cfg.backbone.seed,
             "fingerprint": module.backbone.fingerprint(),
-            "precision": str(module.backbone.dtype).removeprefix("torch."),
+            "precision": module.backbone.precision,
             "parameters": sum(p.numel() for p in backbone.parameters()),
         },
         "head": {
