@@ -151,6 +151,18 @@ def test_each_published_row_has_its_experiment(task, head, backbone, value):
     assert float(re.search(r"Published: (\S+) m RMSE", text)[1]) == value
 
 
+@pytest.mark.parametrize(("head", "backbone"), [(h, b) for h in range(3) for b in range(4)])
+def test_each_zero_shot_row_has_its_experiment(head, backbone):
+    name = f"sun_rgbd_{BACKBONES[backbone]}_{HEADS[head]}"
+    cfg = composed(f"experiment={name}")
+    own = composed("task=sun_rgbd", f"head={HEADS[head]}", f"backbone={BACKBONES[backbone]}", "head.weights=official")
+    assert cfg.mode == "evaluate" and (cfg.task, cfg.head, cfg.backbone) == (own.task, own.head, own.backbone)
+    assert (cfg.head.min_m, cfg.head.max_m, cfg.task.released, cfg.backbone.weights) == (0.001, 10, "nyu", "official")
+    text = (CONF_DIR / "experiment" / f"{name}.yaml").read_text()
+    assert f"experiment={name}\n" in text
+    assert float(re.search(r"Published: (\S+) m RMSE", text)[1]) == PUBLISHED["sun_rgbd"][head][backbone]
+
+
 @pytest.mark.parametrize("task", DEPTH_TASKS)
 def test_every_key_is_an_argument_and_the_card_says_where_data_come_from(task):
     cfg = composed(f"task={task}")
