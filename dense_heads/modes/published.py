@@ -50,6 +50,7 @@ def published_row(cfg: DictConfig, head: str, made: Parts) -> dict[str, Any] | N
     return {
         "value": value,
         "unit": published["unit"],
+        "metric": published.get("metric", cfg.task.metrics.primary),
         "source": published["source"],
         "row": row,
         "comparable": not reasons,

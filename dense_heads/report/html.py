@@ -90,7 +90,7 @@ def _headline(summary: Summary) -> str:
             '<p class="warn"><strong>The backbone is random: it has learnt nothing.</strong> What these numbers show '
             f"is the head's work on random features.{beside}</p>"
         )
-    cards = [_own_card(summary), _published_card(summary, main)]
+    cards = [_own_card(summary), _published_card(summary)]
     if main and main.baseline is not None:
         value, beside = format_metric(main.name, main.baseline), _distance(main.name, main.value, main.baseline)
         cards.append(card(f"Baseline: {escape(baseline.get('name', 'baseline'))}", value, beside, "quiet"))
@@ -121,14 +121,15 @@ def _blind_card(summary: Summary, main: ScoreRow) -> str:
     )
 
 
-def _published_card(summary: Summary, main: ScoreRow | None) -> str:
+def _published_card(summary: Summary) -> str:
     """The published number if it is this set-up's; else what it is not, and why."""
     published = summary.get("published")
     if not published:
         return card("Published", "none", "There is no published number for this backbone, head and protocol.", "quiet")
     row = escape(" · ".join(str(published[key]) for key in ("row", "source") if published.get(key)))
     if published.get("comparable"):
-        beside = _distance(main.name, main.value, _as_metric(main.name, published)) if main else ""
+        ours = next((row for row in score_rows(summary) if row.published), None)
+        beside = _distance(ours.name, ours.value, _as_metric(ours.name, published)) if ours else ""
         return card("Published, same set-up", escape(published_text(published)), f"{row}<br>{beside}", "")
     why = published.get("not_comparable")
     reasons = "".join(f"<li>{escape(reason)}</li>" for reason in (why if isinstance(why, list) else [why or "unknown"]))

@@ -123,17 +123,17 @@ def score_rows(summary: Summary) -> list[ScoreRow]:
     blind = [entry.get("metrics") or {} for entry in summary.get("blind") or ()]
     primary = summary["primary"]
     rows = []
+    of_published = published.get("metric") or primary.rpartition("/")[2]
     for name in sorted(summary["metrics"], key=lambda one: one != primary):
-        is_primary = name == primary
         rows.append(
             ScoreRow(
                 name=name,
                 value=_number(summary["metrics"][name]),
-                published=published_text(published) if is_primary and published else None,
+                published=published_text(published) if published and name.rpartition("/")[2] == of_published else None,
                 comparable=bool(published.get("comparable")),
                 baseline=_number(baseline.get(name)),
                 blind=tuple(_number(metrics.get(name)) for metrics in blind),
-                primary=is_primary,
+                primary=name == primary,
             )
         )
     return rows

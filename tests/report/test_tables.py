@@ -40,6 +40,13 @@ def test_the_primary_metric_comes_first_beside_published_and_baseline():
     assert {row.name: row.baseline for row in rows}["test/dice"] is None
 
 
+def test_a_published_number_of_another_metric_stands_beside_that_metric():
+    published = {"value": 0.356, "unit": "m RMSE", "metric": "rmse_m", "comparable": True}
+    metrics = {"val/abs_rel": 0.11, "val/rmse_m": 0.37}
+    rows = score_rows(summary(metrics=metrics, primary="val/abs_rel", published=published))
+    assert [(row.name, row.published) for row in rows] == [("val/abs_rel", None), ("val/rmse_m", "0.356 m RMSE")]
+
+
 def test_what_does_not_look_at_the_image_stands_beside_the_score():
     blind = [{"name": "median", "metrics": {"test/miou": 0.11}}, {"name": "of each <pixel>", "metrics": {}}]
     data = summary(blind=blind)
