@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -338,6 +339,20 @@ def test_a_full_disk_is_not_the_trials_fault(tiny, tmp_path, monkeypatch):
     assert main(typed) == 2
     monkeypatch.setattr(trial, "keep", keep)
     assert main([*typed, "resume=auto"]) == 0
+    assert [row["state"] for row in study_of(run)] == ["complete", "complete"]
+
+
+def test_data_that_are_gone_are_not_the_trials_fault(refused, tiny, tmp_path):
+    """Trials that were not run yet do not fail for it: the sweep does not go on."""
+    root, run = tmp_path / "data", tmp_path / "run"
+    shutil.copytree(next(item for item in tiny if item.startswith("data.root=")).partition("=")[2], root)
+    typed = [item for item in tiny if not item.startswith("data.root=")]
+    typed = ["mode=sweep", "sweep=lr", "sweep.trials=1", *typed, f"data.root={root}", "trainer.max_steps=2"]
+    assert main([*typed, f"run_dir={run}"]) == 0
+    root.rename(tmp_path / "elsewhere")
+    assert str(root) in refused("mode=sweep", f"resume={run}", "sweep.trials=2")
+    (tmp_path / "elsewhere").rename(root)
+    assert main(["mode=sweep", f"resume={run}", "sweep.trials=2"]) == 0
     assert [row["state"] for row in study_of(run)] == ["complete", "complete"]
 
 

@@ -10,6 +10,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from dense_heads.build.data import keep_split
+from dense_heads.build.parts import family_of
 from dense_heads.build.space import Space, check_space, read_space
 from dense_heads.build.study import num_trials, open_study
 from dense_heads.errors import UserError
@@ -66,14 +67,15 @@ def main(cfg: DictConfig) -> float | None:
 
 
 def _prepare(cfg: DictConfig, space: Space, trials: Trials) -> None:
-    """Find mistakes that show cheaply; then make the folder."""
+    """Find mistakes that show cheaply; then make the folder. Of a sweep that goes on only the data are looked at."""
     goes_on = cfg.resume is not None and Path(cfg.run_dir or cfg.resume, STUDY_FILE).is_file()
     if not goes_on:
         check_space(space, trials.base)
     with trials.composed([parameter.probes()[0] for parameter in space.parameters.values()]) as example:
-        loaded = trials.parts(example).loaded
+        loaded = family_of(example).load(example, False) if goes_on else trials.parts(example).loaded
     folder = run_folder(cfg)
-    keep_split(folder, cfg, loaded)
+    if not goes_on:
+        keep_split(folder, cfg, loaded)
     trials.begin(folder, with_bar=sys.stdout.isatty())
 
 
