@@ -42,6 +42,11 @@ GROUPS = (
     "debug",
     "experiment",
 )
+_EXTRAS = {  # what is typed -> the package that it needs, and the extra that brings it
+    "mode=sweep": ("optuna", "sweep"),
+    "launcher=slurm": ("submitit", "slurm"),
+    "launcher=ray": ("ray", "ray"),
+}
 recompose = _recompose.recompose
 
 
@@ -129,10 +134,9 @@ def hand_to_hydra(arguments: list[str], conf_dir: Path) -> None:
 
 
 def _refuse_missing_extras(arguments: Sequence[str]) -> None:
-    """Hydra would take a launcher that is not there for a single run."""
-    for option, package in (("launcher=slurm", "submitit"), ("launcher=ray", "ray")):
+    """Said before Hydra composes: it would take a launcher that is not there for a single run."""
+    for option, (package, extra) in _EXTRAS.items():
         if option in arguments and find_spec(package) is None:
-            extra = option.partition("=")[2]
             raise UserError(f"{option} needs {package}, which is not installed: pip install 'dense-heads[{extra}]'.")
 
 

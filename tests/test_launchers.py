@@ -150,8 +150,11 @@ def test_a_job_of_rays_that_dies_leaves_the_others_alone(tiny, tmp_path):
     assert json.loads((sweep / "1" / "metrics.json").read_text())["steps"] == 2
 
 
-@pytest.mark.parametrize(("launcher", "module", "extra"), [("slurm", "submitit", "slurm"), ("ray", "ray", "ray")])
-def test_without_the_extra_it_says_what_to_install(tmp_path, launcher, module, extra):
+@pytest.mark.parametrize(
+    ("option", "module", "extra"),
+    [("launcher=slurm", "submitit", "slurm"), ("launcher=ray", "ray", "ray"), ("mode=sweep", "optuna", "sweep")],
+)
+def test_without_the_extra_it_says_what_to_install(tmp_path, option, module, extra):
     code = (
         "import sys, importlib.machinery as m\n"
         f"hidden = ('{module}', 'hydra_plugins')\n"
@@ -160,7 +163,7 @@ def test_without_the_extra_it_says_what_to_install(tmp_path, launcher, module, e
         "from dense_heads.__main__ import main\n"
         "sys.exit(main(sys.argv[1:]))"
     )
-    command = [sys.executable, "-c", code, f"launcher={launcher}", "seed=0,1", f"hydra.sweep.dir={tmp_path}"]
+    command = [sys.executable, "-c", code, option, "seed=0,1", f"hydra.sweep.dir={tmp_path}"]
     shown = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(REPO)})
     assert shown.returncode == 2 and f"dense-heads[{extra}]" in shown.stderr, shown.stderr
 

@@ -8,22 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import Trial
 
 from dense_heads.build.config import composed, plain
 from dense_heads.build.values import refuse_bad_values
 from dense_heads.errors import UserError, unknown_name
 from dense_heads.recompose import key_of
-
-try:
-    from optuna.distributions import (
-        BaseDistribution,
-        CategoricalDistribution,
-        FloatDistribution,
-        IntDistribution,
-    )
-    from optuna.trial import Trial
-except ImportError as error:
-    raise UserError("mode=sweep needs Optuna, which is not installed: pip install 'dense-heads[sweep]'.") from error
 
 # Of the command or of the measure: a trial with another one could not stand beside the others.
 _NOT_SWEPT = ("mode", "model", "resume", "input", "output", "output_dir", "run_dir", "launcher", "sweep", "hydra",
