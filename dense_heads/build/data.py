@@ -42,6 +42,7 @@ class Loaded:
     made_split: dict[str, list[str]] | None = None
     classes: Classes = field(kw_only=True)
     labels: HasSettings | None = None
+    shares: list[float] | None = None  # how often each of the groups is drawn; None: all alike
     groups: list[list[int]] | None = None  # the classes of each training sample, where sampling goes by them
     support: Dataset[Any] | None = None  # training images as evaluation sees them, for heads without training
     settings: dict[str, Any] = field(default_factory=dict)  # what the data decide of the family's model

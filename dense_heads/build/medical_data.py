@@ -49,11 +49,14 @@ def load(cfg: DictConfig, check: bool) -> Loaded:
     found = _drawn(split, dataset, steps, transform) if split.made else _as_they_are(split, dataset, steps, transform)
     if cfg.fold is not None:
         found["test"] = None  # a fold is measured on the cases that it holds out
+    groups = _groups(cfg, found["train"])
     return Loaded(
         train=found["train"],
         val=found["val"],
         test=found["test"],
-        support=found.get("support"),
+        support=found["support"],
+        groups=groups,
+        shares=None if groups is None else [1 - cfg.task.data.foreground, cfg.task.data.foreground],
         collate_train=collate_train,
         collate_eval=collate_eval,
         num_images={name: _num(found[name]) for name in ("train", "val", "test")},
@@ -104,6 +107,23 @@ def _drawn(
 def _case(sample: Any) -> str:
     """The case that a sample belongs to: itself, or of a slice its volume."""
     return str(getattr(sample, "case", sample).image_id)
+
+
+def _groups(cfg: DictConfig, train: Any) -> list[list[int]] | None:
+    """Training samples by whether they hold foreground, where `data.foreground` says how often these are drawn.
+
+    Raises:
+        UserError: no share between 0 and 1.
+    """
+    share = cfg.task.data.foreground
+    if share is None or train is None or cfg.mode != "fit":
+        return None
+    if not (isinstance(share, int | float) and 0 < share < 1):
+        raise UserError(
+            f"task.data.foreground={share}; expected a share between 0 and 1, or null for samples as they are."
+        )
+    flags = train.foreground()
+    return [[1] if flag else [] for flag in flags] if 0 < sum(flags) < len(flags) else None
 
 
 def has_volumes(cfg: DictConfig) -> bool:

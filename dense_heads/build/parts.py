@@ -103,6 +103,7 @@ def make_parts(
         collate_eval=loaded.collate_eval,
         max_steps=cfg.trainer.max_steps,
         groups=loaded.groups,
+        shares=loaded.shares,
     )
     notes = [*fed.notes, *looked]
     if is_random(cfg.backbone):

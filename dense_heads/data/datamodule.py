@@ -32,6 +32,7 @@ class DataModule(LightningDataModule):
         num_workers: processes that load, for each loader.
         seed: of the order of the samples.
         groups: for each training sample its classes, to draw by; see StepBatchSampler.
+        shares: how often each class is drawn; see StepBatchSampler.
     """
 
     def __init__(
@@ -47,6 +48,7 @@ class DataModule(LightningDataModule):
         num_workers: int = 0,
         seed: int = 0,
         groups: Sequence[Sequence[int]] | None = None,
+        shares: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         if eval_batch_size < 1 or num_workers < 0:
@@ -58,7 +60,7 @@ class DataModule(LightningDataModule):
         self.batch_size, self.max_steps = batch_size, max_steps
         self.collate_train, self.collate_eval = collate_train, collate_eval
         self.eval_batch_size, self.num_workers, self.seed = eval_batch_size, num_workers, seed
-        self.groups = groups
+        self.groups, self.shares = groups, shares
 
     def train_dataloader(self) -> DataLoader[Any]:
         """The rest of the training, from the Trainer's step on."""
@@ -75,6 +77,7 @@ class DataModule(LightningDataModule):
             rank=rank,
             world_size=world_size,
             groups=self.groups,
+            shares=self.shares,
         )
         return _StepLoader(self.train, batch_sampler=sampler, collate_fn=self.collate_train, **self._loading("train"))
 

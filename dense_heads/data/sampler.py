@@ -28,6 +28,7 @@ class StepBatchSampler(Sampler[list[tuple[int, int]]]):
         groups: for each sample the classes that it has. An epoch is then no permutation but n draws, each of a class
             and then of a sample that has it, so that rare classes are seen as often as common ones; samples without
             any class count as a class of their own.
+        shares: how often each class is drawn, in their order, samples without any class first; None: all alike.
 
     Raises:
         UserError: no samples, or a batch size that the processes cannot share equally.
@@ -43,6 +44,7 @@ class StepBatchSampler(Sampler[list[tuple[int, int]]]):
         rank: int = 0,
         world_size: int = 1,
         groups: Sequence[Sequence[int]] | None = None,
+        shares: Sequence[float] | None = None,
     ) -> None:
         if num_samples < 1:
             raise UserError("There are 0 training samples; expected at least 1. Look at the data set's train split.")
@@ -55,6 +57,7 @@ class StepBatchSampler(Sampler[list[tuple[int, int]]]):
         self.max_steps, self.start_step = max_steps, start_step
         self.rank, self.world_size = rank, world_size
         self.members = None if groups is None else _members(groups)
+        self.shares = shares
         self._epoch = -1
         self._order: npt.NDArray[np.int64] = np.empty(0, dtype=np.int64)
 
@@ -81,7 +84,10 @@ class StepBatchSampler(Sampler[list[tuple[int, int]]]):
         rows = [rng.permutation(members) for members in self.members]
         used = [0] * len(rows)
         order = np.empty(self.num_samples, dtype=np.int64)
-        for place, chosen in enumerate(rng.integers(len(rows), size=self.num_samples)):
+        drawn = rng.integers(len(rows), size=self.num_samples)
+        if self.shares is not None:
+            drawn = rng.choice(len(rows), size=self.num_samples, p=self.shares)
+        for place, chosen in enumerate(drawn):
             order[place] = rows[chosen][used[chosen] % len(rows[chosen])]
             used[chosen] += 1
         return order

@@ -24,7 +24,19 @@ PERCENT = frozenset(
 LABELS = {"miou": "mIoU", "macc": "mAcc", "aacc": "aAcc", "dice": "Dice", "iou": "IoU", "lr": "learning rate"}
 LABELS |= {name: name.replace("_", " ").replace("map", "mAP") for name in (*_PRECISIONS, "voc_map_50")}
 # Columns of the per-class table, where an entry has them; the first one that is there sorts and is drawn as a bar.
-CLASS_COLUMNS = ("iou", "acc", "map", "map_50", "mask_map", "mask_map_50", "voc_ap_50")
+CLASS_COLUMNS = (
+    "dice",
+    "iou",
+    "acc",
+    "map",
+    "map_50",
+    "mask_map",
+    "mask_map_50",
+    "voc_ap_50",
+    "surface_dice",
+    "hd95_mm",
+    "hd95_px",
+)
 GREY = (190, 194, 199)
 
 # Of medical segmentation.

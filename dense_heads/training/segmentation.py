@@ -9,6 +9,7 @@ from dense_heads.losses.segmentation import SegmentationLoss
 from dense_heads.metrics.segmentation import SCORES, ConfusionMatrix, per_class, scores
 from dense_heads.models.inference import Inference
 from dense_heads.models.segmentor import label_maps
+from dense_heads.ops.pad import Placement
 from dense_heads.structures import Batch, Features, Size, View
 from dense_heads.training.base import Candidate, DenseModule
 
@@ -27,16 +28,9 @@ class LabelModule(DenseModule):
         mask = self.labels(batch)
         assert isinstance(mask, Tensor)
         placement = self.backbone.placement(features)
-
-        def of(map: Tensor) -> Tensor:
-            if isinstance(candidate.loss, SegmentationLoss):
-                return candidate.loss.of_map(map, mask, placement)
-            own: Tensor = candidate.loss(placement.enlarge(map.float()), mask)
-            return own
-
-        loss = of(output)
+        loss = _loss_of_map(candidate.loss, output, mask, placement)
         for weight, map in candidate.head.auxiliary:
-            loss = loss + weight * of(map)
+            loss = loss + weight * _loss_of_map(candidate.loss, map, mask, placement)
         return loss
 
     def labels(self, batch: Batch) -> Tensor | list[Tensor]:
@@ -47,6 +41,14 @@ class LabelModule(DenseModule):
         """For each image its views, and its label's own size."""
         views = batch.get("views") or [[image] for image in batch["image"]]
         return views, [(int(mask.shape[-2]), int(mask.shape[-1])) for mask in self.labels(batch)]
+
+
+def _loss_of_map(loss: nn.Module, map: Tensor, mask: Tensor, placement: Placement) -> Tensor:
+    """The loss of a head's map, without full-size logits where the loss can do without."""
+    if isinstance(loss, SegmentationLoss):
+        return loss.of_map(map, mask, placement)
+    value: Tensor = loss(placement.enlarge(map.float()), mask)
+    return value
 
 
 class SegmentationModule(LabelModule):
