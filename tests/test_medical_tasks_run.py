@@ -273,3 +273,31 @@ def test_a_grid_of_heads_over_the_cache(tmp_path):
     assert main(["task=hippocampus", *TINY, *SMALL, *grid, f"data.root={root}", f"run_dir={run}"]) == 0
     rows = (run / "grid.csv").read_text().splitlines()
     assert len(rows) == 3 and "val/dice" in rows[0] and (run / "cases.csv").is_file()
+
+
+def test_slices_with_something_on_them_are_drawn_as_often_as_said():
+    from dense_heads.data.sampler import StepBatchSampler
+
+    groups = [[1] if index % 10 == 0 else [] for index in range(200)]  # one in ten holds foreground
+    drawn = StepBatchSampler(200, 20, seed=3, max_steps=100, groups=groups, shares=[0.3, 0.7])
+    share = np.mean([index % 10 == 0 for batch in drawn for _, index in batch])
+    assert share == pytest.approx(0.7, abs=0.03)
+    again = StepBatchSampler(200, 20, seed=3, max_steps=100, start_step=50, groups=groups, shares=[0.3, 0.7])
+    assert list(again) == list(drawn)[50:]  # a function of the seed and the step
+
+
+def test_foreground_neighbours_deep_supervision_and_refinement_together(tmp_path, capsys):
+    root, run = make_decathlon(tmp_path / "data"), tmp_path / "run"
+    typed = ["task=hippocampus", *TINY, *SMALL, f"data.root={root}", f"run_dir={run}"]
+    assert main([*typed, "task.data.foreground=1.5"]) == 2
+    assert "between 0 and 1" in capsys.readouterr().err
+    data = ["task.data.foreground=0.67", "task.data.slices=2.5d"]
+    head = ["head=dpt", "head.channels=16", "head.deep_supervision=0.5"]
+    refine = ["task.refine.components=largest", "task.refine.guided_radius=2"]
+    assert main([*typed, *data, *head, *refine]) == 0
+    from safetensors.torch import load_file
+
+    assert any(key.startswith("deep.") for key in load_file(run / "head.safetensors"))
+    assert main(["mode=evaluate", f"model={run}"]) == 0
+    (again,) = (run / "evaluate").iterdir()
+    assert read_json(again / "metrics.json")["metrics"] == read_json(run / "metrics.json")["metrics"]
