@@ -9,7 +9,17 @@ from PIL import Image
 
 import dense_heads
 from dense_heads.__main__ import main
-from tests.factories import fake_pair, save
+from dense_heads.paths import TASKS_DIR
+from tests.medical_images import (
+    make_cells,
+    make_cvc,
+    make_drive,
+    make_idrid,
+    make_isic,
+    make_kvasir,
+    make_membranes,
+    make_vessels,
+)
 from tests.volumes import affine_of, fake_volume, make_decathlon, make_nnunet, save_dicom, save_nifti
 
 nibabel = pytest.importorskip("nibabel")
@@ -27,45 +37,21 @@ def _one_thread():
     torch.set_num_threads(threads)
 
 
-def fake_cells(size=(60, 70), seed=0):
-    """A grey picture of bright discs, their mask and their numbers."""
-    rng = np.random.default_rng(seed)
-    rows, columns = np.indices(size)
-    objects = np.zeros(size, np.uint16)
-    for number in range(1, 9):
-        y, x, r = rng.integers(5, size[0] - 5), rng.integers(5, size[1] - 5), rng.integers(4, 9)
-        objects[(rows - y) ** 2 + (columns - x) ** 2 < r**2] = number
-    grey = np.where(objects > 0, 170, 40) + rng.normal(0, 8, size)
-    present = np.unique(objects)
-    return grey.clip(0, 255).astype(np.uint8), np.searchsorted(present, objects).astype(np.uint16)
-
-
-def make_cells(root, train=3, val=2):
-    for split, first, num in (("training", 0, train), ("validation", 100, val)):
-        for i in range(first, first + num):
-            grey, objects = fake_cells(seed=i)
-            save(root / "images" / split / f"cell{i:03d}.png", grey)
-            save(root / "annotations" / split / f"cell{i:03d}.png", (objects > 0).astype(np.uint8))
-            save(root / "instances" / split / f"cell{i:03d}.png", objects)
-    return root
-
-
-def make_vessels(root, train=2, val=1):
-    for split, first, num in (("training", 1, train), ("validation", 50, val)):
-        for child in range(first, first + num):
-            for eye in "LR":
-                image, mask = fake_pair(child + 7 * (eye == "R"), size=(60, 64), num_classes=2)
-                image[:4] = 0  # what the camera did not see
-                save(root / "images" / split / f"Image_{child:02d}{eye}.png", image)
-                save(root / "annotations" / split / f"Image_{child:02d}{eye}.png", mask)
-    return root
-
-
+AS_IT_IS = ["task.transforms.train.scale.short_side=64", "task.transforms.eval.short_side=60"]
+WINDOWS = ["task.transforms.train.scale.short_side=80", "task.transforms.eval.short_side=80",
+           "task.inference={window: 56, stride: 42}"]  # fmt: skip
 TASKS = {
     "hippocampus": (make_decathlon, []),
-    "nuclei_medical": (make_cells, ["task.transforms.eval.short_side=60"]),
-    "chasedb1": (make_vessels, ["task.transforms.eval.short_side=80", "task.inference={window: 56, stride: 42}"]),
+    "nuclei_medical": (make_cells, AS_IT_IS),
+    "chasedb1": (make_vessels, WINDOWS),
+    "isbi2012_membrane": (make_membranes, WINDOWS),
+    "kvasir_seg": (make_kvasir, AS_IT_IS),
+    "cvc_clinicdb": (make_cvc, AS_IT_IS),
+    "isic2018": (make_isic, AS_IT_IS),
+    "drive": (make_drive, WINDOWS),
+    "idrid": (make_idrid, WINDOWS),
 }
+WITH_TEST = ("isic2018", "drive", "idrid")
 
 
 @pytest.fixture(scope="module")
@@ -93,12 +79,15 @@ def read_json(path):
 def test_every_task_is_trained_measured_and_measured_again_alike(runs, task):
     run, _ = runs(task)
     found = read_json(run / "metrics.json")
-    unit = "mm" if task == "hippocampus" else "px"
-    assert found["family"] == "medical" and found["primary"] == "val/dice" and found["direction"] == "max"
-    assert 0 <= found["metrics"]["val/dice"] <= 1 and f"val/hd95_{unit}" in found["metrics"]
-    assert ("val/aji" in found["metrics"]) == (task == "nuclei_medical")
+    unit, stage = "mm" if task == "hippocampus" else "px", "test" if task in WITH_TEST else "val"
+    assert found["family"] == "medical" and found["primary"] == f"{stage}/dice" and found["direction"] == "max"
+    assert 0 <= found["metrics"][f"{stage}/dice"] <= 1 and f"{stage}/hd95_{unit}" in found["metrics"]
+    assert (f"{stage}/aji" in found["metrics"]) == (task == "nuclei_medical")
     assert "bootstrap" in found["conventions"] and (run / "report.html").stat().st_size > 1000
-    assert list((run / "pictures" / "val").glob("*.png"))
+    assert list((run / "pictures" / stage).glob("*.png"))
+    assert len(found["per_class"]) == len((TASKS_DIR / task / "classes.txt").read_text().splitlines()) - (
+        task != "idrid"
+    )
     assert main(["mode=evaluate", f"model={run}"]) == 0
     (again,) = (run / "evaluate").iterdir()
     assert read_json(again / "metrics.json")["metrics"] == found["metrics"]
@@ -149,6 +138,18 @@ def test_objects_are_predicted_one_by_one(runs, tmp_path):
     np.testing.assert_array_equal(objects > 0, labels == 1)
     np.testing.assert_array_equal(objects, dense_heads.load_model(run).predict(source))
     assert Image.open(tmp_path / "overlays" / f"{source.stem}.png").size == Image.open(source).size
+
+
+def test_labels_that_overlap_are_predicted_one_by_one(runs, tmp_path):
+    run, root = runs("idrid")
+    source = root / "1. Original Images" / "b. Testing Set" / "IDRiD_60.jpg"
+    assert main(["mode=predict", f"model={run}", f"input={source}", f"output={tmp_path}"]) == 0
+    labels = dense_heads.load_model(run).predict(source)
+    assert labels.shape == (5, 60, 64) and set(np.unique(labels)) <= {0, 1}
+    for mask, name in zip(
+        labels, ("microaneurysms", "haemorrhages", "hard_exudates", "soft_exudates", "optic_disc"), strict=True
+    ):
+        np.testing.assert_array_equal(np.array(Image.open(tmp_path / "labels" / f"IDRiD_60_{name}.png")), 255 * mask)
 
 
 def test_own_data_in_nnunets_layout_with_two_modalities(tmp_path):
