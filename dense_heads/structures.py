@@ -31,22 +31,27 @@ NO_PADDING = Padding()
 
 
 class Level(NamedTuple):
-    """The output of one block (0-based), final norm applied or not."""
+    """The output of one block (0-based), final norm applied or not, of an image seen whole or in windows as well.
+
+    With `windows` = n > 1 the map is twice as wide: first of the image made small, then of its n x n windows, tiled.
+    """
 
     block: int
     norm: bool
+    windows: int = 1
 
 
 class FeatureRequest(NamedTuple):
-    """What a head wants from the backbone: which blocks (0-based, ascending), final norm applied or not."""
+    """What a head wants from the backbone: which blocks (0-based, ascending), and of each what `Level` says."""
 
     blocks: tuple[int, ...]
     norm: bool
+    windows: int = 1
 
     @property
     def levels(self) -> tuple[Level, ...]:
         """The same as levels."""
-        return tuple(Level(block, self.norm) for block in self.blocks)
+        return tuple(Level(block, self.norm, self.windows) for block in self.blocks)
 
 
 @dataclass(frozen=True)

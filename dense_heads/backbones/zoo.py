@@ -12,7 +12,7 @@ from dense_heads.errors import unknown_name
 OFFICIAL_URL = "https://dl.fbaipublicfiles.com/dinov2"
 OFFICIAL_PREFIX = "dinov2_"  # torch.hub calls the same models dinov2_vits14, ...
 PATCH_SIZE = 14
-BLOCK_SETS = ("last", "last4", "even4")
+BLOCK_SETS = ("last", "last4", "even4", "quarters")
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class BackboneSpec:
     num_heads: int
     num_registers: int = 0
     ffn: Literal["mlp", "swiglu"] = "mlp"
-    even4: tuple[int, ...] = ()  # empty: four blocks at even distances, the last one included
+    even4: tuple[int, ...] = ()  # empty: the ends of the four quarters
     official: bool = False
     grid_size: int = 37  # of the stored positional embedding: 518 / 14
     patch_size: int = PATCH_SIZE
@@ -90,7 +90,8 @@ def get_spec(name: str) -> BackboneSpec:
 def resolve_blocks(backbone: str | BackboneSpec, blocks: str) -> tuple[int, ...]:
     """A named choice of blocks as 0-based indices, ascending: the only place where block sets are written down.
 
-    `last`: the last block; `last4`: the last four; `even4`: four spread over the depth (facts sheet 2.2).
+    `last`: the last block; `last4`: the last four; `even4`: four spread over the depth, as the official depth heads
+    have them (facts sheet 2.2); `quarters`: those that end each quarter of the depth (7.5).
 
     Raises:
         UserError: no such backbone or block set.
@@ -100,6 +101,9 @@ def resolve_blocks(backbone: str | BackboneSpec, blocks: str) -> tuple[int, ...]
         return (spec.num_blocks - 1,)
     if blocks == "last4":
         return tuple(range(spec.num_blocks - 4, spec.num_blocks))
+    quarters = tuple(k * spec.num_blocks // 4 - 1 for k in range(1, 5))
     if blocks == "even4":
-        return spec.even4 or tuple(k * spec.num_blocks // 4 - 1 for k in range(1, 5))
+        return spec.even4 or quarters
+    if blocks == "quarters":
+        return quarters
     raise unknown_name("block set", str(blocks), BLOCK_SETS)

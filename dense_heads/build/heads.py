@@ -11,7 +11,6 @@ from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from dense_heads.backbones.download import fetch
-from dense_heads.backbones.zoo import resolve_blocks
 from dense_heads.build.config import plain, recomposed
 from dense_heads.errors import UserError, unknown_name
 from dense_heads.heads.base import Head
@@ -109,8 +108,7 @@ def make_head(
     partial: functools.partial[Head] = instantiate(
         {**head_arguments(head_cfg), "_target_": head_cfg._target_, "_partial_": True}
     )
-    blocks = resolve_blocks(frozen.backbone.name, partial.keywords.get("blocks", "last"))
-    head = partial([frozen.backbone.embed_dim] * len(blocks), num_outputs)
+    head = partial(frozen.widths(partial.keywords), num_outputs)
     weights = head_cfg.get("weights")
     if weights == "official":
         if cfg.task.released is None:

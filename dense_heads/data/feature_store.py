@@ -24,7 +24,7 @@ from dense_heads.data.records import Record, decode
 from dense_heads.errors import UserError
 from dense_heads.ops.files import write_atomically
 
-FORMAT = 1  # part of every identity: another layout of records or shards is another cache
+FORMAT = 2  # part of every identity: another layout of records or shards is another cache
 MANIFEST = "manifest.json"
 _OPEN_SHARDS = 128  # a process may hold some thousand files open; each is mapped, not read
 _SHARD = re.compile(r"(\d{5,})-([0-9a-f]{8})-(\d+)\.safetensors")

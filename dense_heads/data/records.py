@@ -40,7 +40,7 @@ def encode(item: Mapping[str, Any], views: Sequence[SeenView], training: bool, d
         for place, levels in enumerate(view.windows):
             windows.append({"size": levels.image_size, "padding": levels.padding})
             for level in levels.patch_maps:
-                name = f"{index}.{place}.{level.block}.{int(level.norm)}"
+                name = f"{index}.{place}.{level.block}.{int(level.norm)}.{level.windows}"
                 tensors[f"map.{name}"] = levels.patch_maps[level][0].to(dtype, copy=True).contiguous()
                 tensors[f"cls.{name}"] = levels.cls_tokens[level][0].to(dtype, copy=True).contiguous()
         values["views"].append({"size": view.size, "windows": windows})
@@ -66,9 +66,9 @@ def decode(record: Record) -> dict[str, Any]:
         kind, _, name = key.partition(".")
         if kind == "item":
             continue
-        view, window, block, norm = map(int, name.split("."))
+        view, window, block, norm, parts = map(int, name.split("."))
         maps, tokens = levels.setdefault((view, window), ({}, {}))
-        (maps if kind == "map" else tokens)[Level(block, bool(norm))] = tensor[None]
+        (maps if kind == "map" else tokens)[Level(block, bool(norm), parts)] = tensor[None]
     views = []
     for index, described in enumerate(values["views"]):
         windows = [

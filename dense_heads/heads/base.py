@@ -11,9 +11,10 @@ class Head(nn.Module):
     """Features of a frozen backbone -> a dense prediction at the head's own resolution.
 
     A head never resizes to image size: `models/dense.py` does. `blocks` is one of the names that
-    `backbones/zoo.py` resolves for each backbone (`last`, `last4`, `even4`).
+    `backbones/zoo.py` resolves for each backbone (`last`, `last4`, `even4`, `quarters`).
     """
 
+    windows: int = 1  # above 1: it sees each block in so many windows a side, and in the image made small (`Level`)
     auxiliary: Sequence[
         tuple[float, Tensor]
     ] = ()  # of the last forward in training: weights and maps of deep supervision

@@ -13,7 +13,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from dense_heads.backbones.weights import load_backbone
-from dense_heads.backbones.zoo import resolve_blocks
 from dense_heads.errors import UserError
 from dense_heads.heads.base import Head
 from dense_heads.models.card import Card, read_card, write_card
@@ -64,9 +63,8 @@ def make_head(target: str, arguments: Mapping[str, Any], num_outputs: int, backb
             f"The card asks for the head {target!r}. Only heads of dense_heads.heads are loaded from a card, "
             "because a file must not decide what code runs."
         )
-    num_blocks = len(resolve_blocks(backbone.backbone.name, arguments.get("blocks", "last")))
     try:
-        return found([backbone.backbone.embed_dim] * num_blocks, num_outputs, **arguments)
+        return found(backbone.widths(arguments), num_outputs, **arguments)
     except TypeError as error:
         raise UserError(f"The card's arguments do not fit {target}: {error}.") from error
 

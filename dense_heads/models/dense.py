@@ -11,6 +11,7 @@ from typing import Any, Self
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dense_heads.backbones.base import Backbone
@@ -24,7 +25,8 @@ from dense_heads.models.card import Card
 from dense_heads.models.inference import Inference
 from dense_heads.ops.pad import Placement, fit_to_patch
 from dense_heads.ops.precision import resolve_precision
-from dense_heads.structures import NO_PADDING, FeatureRequest, Features, Levels, Size, View
+from dense_heads.ops.resize import resize
+from dense_heads.structures import NO_PADDING, FeatureRequest, Features, Level, Levels, Size, View
 
 OF_BACKBONE = ("patch_fit", "precision")  # of a card's preprocessing: what FrozenBackbone takes
 
@@ -86,7 +88,16 @@ class FrozenBackbone(nn.Module):
 
     def request(self, head: Head) -> FeatureRequest:
         """The blocks of this backbone that `head` asks for by name, and whether they are normed."""
-        return FeatureRequest(resolve_blocks(self.backbone.name, head.blocks), head.norm)
+        return self.requested(head.blocks, head.norm, head.windows)
+
+    def requested(self, blocks: str, norm: bool, windows: int = 1) -> FeatureRequest:
+        """A named choice of blocks, resolved for this backbone."""
+        return FeatureRequest(resolve_blocks(self.backbone.name, blocks), norm, windows)
+
+    def widths(self, arguments: Mapping[str, Any]) -> list[int]:
+        """Of the maps that a head made with these arguments will see, one for each of its blocks."""
+        blocks = resolve_blocks(self.backbone.name, arguments.get("blocks", "last"))
+        return [self.backbone.embed_dim * (2 if arguments.get("windows", 1) > 1 else 1)] * len(blocks)
 
     @torch.no_grad()
     def forward(self, images: Tensor, requests: Sequence[FeatureRequest]) -> Levels:
@@ -94,16 +105,47 @@ class FrozenBackbone(nn.Module):
         if self.pass_size is not None and len(images) > self.pass_size:
             return Levels.cat([self(part, requests) for part in torch.split(images, self.pass_size)])
         fitted, padding = fit_to_patch(images, self.backbone.patch_size, self.patch_fit)
-        rows, columns = (side // self.backbone.patch_size for side in fitted.shape[-2:])
         wanted = sorted({level for request in requests for level in request.levels})
-        outputs = self._block_outputs(fitted, sorted({level.block for level in wanted}))
-        patch_maps, cls_tokens = {}, {}
-        for level in wanted:
+        patch_maps: dict[Level, Tensor] = {}
+        cls_tokens: dict[Level, Tensor] = {}
+        for windows in {level.windows for level in wanted}:
+            levels = [level for level in wanted if level.windows == windows]
+            maps, tokens = self._see(fitted, levels) if windows == 1 else self._see_in_windows(fitted, levels, windows)
+            patch_maps |= dict(zip(levels, maps, strict=True))
+            cls_tokens |= dict(zip(levels, tokens, strict=True))
+        return Levels(patch_maps, cls_tokens, (int(images.shape[-2]), int(images.shape[-1])), padding)
+
+    def _see(self, images: Tensor, levels: Sequence[Level]) -> tuple[list[Tensor], list[Tensor]]:
+        """Patch map and cls token of each level, from images of whole patches."""
+        rows, columns = (side // self.backbone.patch_size for side in images.shape[-2:])
+        outputs = self._block_outputs(images, sorted({level.block for level in levels}))
+        maps, cls_tokens = [], []
+        for level in levels:
             tokens = self.backbone.norm(outputs[level.block]) if level.norm else outputs[level.block]
             patches = tokens[:, 1 + self.backbone.num_registers :]
-            patch_maps[level] = patches.transpose(1, 2).unflatten(2, (rows, columns)).contiguous()
-            cls_tokens[level] = tokens[:, 0]
-        return Levels(patch_maps, cls_tokens, (int(images.shape[-2]), int(images.shape[-1])), padding)
+            maps.append(patches.transpose(1, 2).unflatten(2, (rows, columns)).contiguous())
+            cls_tokens.append(tokens[:, 0])
+        return maps, cls_tokens
+
+    def _see_in_windows(self, images: Tensor, levels: Sequence[Level], num: int) -> tuple[list[Tensor], list[Tensor]]:
+        """The same of `num` x `num` windows beside a global view, as DINOv3's detector sees an image (facts sheet 7.5).
+
+        Windows are of whole patches, those at the right and the bottom smaller where the grid does not divide. The
+        global view is the image at the size of one window; its maps are enlarged to the grid, its cls token stands for
+        the image.
+        """
+        patch = self.backbone.patch_size
+        grid = (images.shape[-2] // patch, images.shape[-1] // patch)
+        height, width = (-(-side // num) * patch for side in grid)
+        small = F.interpolate(images, (height, width), mode="bilinear", antialias=True)
+        overview, cls_tokens = self._see(small, levels)
+        strips = []
+        for strip in torch.split(images, height, dim=-2):
+            seen = [self._see(window, levels)[0] for window in torch.split(strip, width, dim=-1)]
+            strips.append([torch.cat(parts, dim=-1) for parts in zip(*seen, strict=True)])
+        tiled = [torch.cat(parts, dim=-2) for parts in zip(*strips, strict=True)]
+        maps = [torch.cat([resize(far, grid), near], dim=1) for far, near in zip(overview, tiled, strict=True)]
+        return maps, cls_tokens
 
     def placement(self, features: Features | Levels) -> Placement:
         """How a head's map of these features lies on the image that they came from.

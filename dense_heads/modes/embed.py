@@ -9,7 +9,6 @@ import numpy as np
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
-from dense_heads.backbones.zoo import resolve_blocks
 from dense_heads.build.cache import files_digest
 from dense_heads.build.config import plain
 from dense_heads.build.heads import backbone
@@ -20,7 +19,6 @@ from dense_heads.errors import UserError, unknown_name
 from dense_heads.models.artefact import MODELS
 from dense_heads.models.inference import Inference
 from dense_heads.ops.files import replacing, write_atomically
-from dense_heads.structures import FeatureRequest
 from dense_heads.training.feature_cache import on_disk
 from dense_heads.training.feature_pass import DTYPES, FeaturePass
 
@@ -46,7 +44,7 @@ def main(cfg: DictConfig) -> None:
     names = Pictures().find(Path(cfg.input))
     samples = [ImageFile(name, path) for path, name in names]
     frozen = backbone(cfg)
-    request = FeatureRequest(resolve_blocks(frozen.backbone.name, cfg.head.blocks), cfg.head.norm)
+    request = frozen.requested(cfg.head.blocks, cfg.head.norm, cfg.head.get("windows", 1))
     preparation = plain(cfg.task.transforms.eval)
     wanted = FeaturePass(
         what=str(cfg.input),

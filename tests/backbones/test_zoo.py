@@ -38,6 +38,7 @@ def test_block_sets(name, even4):
     assert resolve_blocks(name, "even4") == even4
     assert resolve_blocks(get_spec(name), "last4") == tuple(range(depth - 4, depth))
     assert resolve_blocks(f"dinov2_{name}", "last") == (depth - 1,)
+    assert resolve_blocks(name, "quarters") == (even4 if depth != 24 else (5, 11, 17, 23))
 
 
 def test_official_addresses():
