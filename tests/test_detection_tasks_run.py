@@ -50,11 +50,21 @@ MASKS = [
     "task.masks=true",
     "task.metrics.primary=mask_map",
 ]
+SET = [
+    "head=plain_detr",
+    "head.windows=2",
+    "head.blocks=quarters",
+    "head.hidden=32",
+    "head.decoder_layers=2",
+    "head.queries=20",
+    "head.extra_queries=10",
+]
 KINDS = {
     "coco": ("detection", make_coco, ["head=faster_rcnn", "head.hidden=32"]),
     "masks": ("detection", make_coco, [*MASKS, "task.evaluation.box_as_mask=true", "head.score_thresh=0.01"]),
     "yolo": ("detection", make_yolo, []),
     "voc": ("voc2007_detection", make_voc_xml, []),
+    "set": ("detection", make_coco, SET),
 }
 
 
@@ -160,11 +170,11 @@ def test_a_run_scores_as_pycocotools_does_on_its_predictions(runs, tmp_path):
 
 def test_many_heads_on_one_pass(tmp_path):
     run, data = tmp_path / "run", make_coco(tmp_path / "data")
-    grid = ["head=grid", "head.heads=[fcos,faster_rcnn]", "head.lr=[1e-3]", "+head.arguments.channels=32"]
+    grid = ["head=grid", "head.heads=[fcos,faster_rcnn,plain_detr]", "head.lr=[1e-3]", "+head.arguments.channels=32"]
     typed = ["task=detection", *TINY, *grid, "data.image_size=[56,84]", f"data.root={data}", f"run_dir={run}"]
     assert main(typed) == 0
     rows = (run / "grid.csv").read_text().splitlines()
-    assert len(rows) == 3 and "val/map" in rows[0]
+    assert len(rows) == 4 and "val/map" in rows[0]
     assert main(["mode=predict", f"model={run}", f"input={data / 'val'}", f"output={tmp_path / 'out'}"]) == 0
 
 

@@ -24,7 +24,7 @@ from dense_heads.training.base import Candidate
 log = logging.getLogger("dense_heads")
 
 HOW_IT_RUNS = ("precision", "pass_size", "compile")  # of a backbone's config: not the backbone's, FrozenBackbone's
-_NOT_ARGUMENTS = ("_target_", "_partial_", "weights", "range")  # of a head's config: Hydra's keys and ours
+_NOT_ARGUMENTS = ("_target_", "_partial_", "weights", "range", "criterion")  # of a head's config: Hydra's keys and ours
 
 
 def backbone(cfg: DictConfig) -> FrozenBackbone:
@@ -106,7 +106,7 @@ def make_head(
     _set_range(cfg, head_cfg, option)
     # Resolved as a whole: a copy of some keys would lose its parent, and with it what interpolations point to.
     partial: functools.partial[Head] = instantiate(
-        {**head_arguments(head_cfg), "_target_": head_cfg._target_, "_partial_": True}
+        {**head_arguments(head_cfg), **_criterion(head_cfg), "_target_": head_cfg._target_, "_partial_": True}
     )
     head = partial(frozen.widths(partial.keywords), num_outputs)
     weights = head_cfg.get("weights")
@@ -145,6 +145,11 @@ def _tell_of_range(notice: str | None) -> None:
 def measured_only(cfg: DictConfig, head: Head) -> Candidate:
     """A trained head as a candidate that is measured only."""
     return Candidate("trained", head, instantiate(cfg.task.loss), 0.0, 0.0, instantiate(cfg.optim.schedule))
+
+
+def _criterion(head_cfg: DictConfig) -> dict[str, Any]:
+    """Matching and losses of a head that brings none; of training alone, so a card does not name it."""
+    return {"criterion": plain(head_cfg.criterion)} if head_cfg.get("criterion") is not None else {}
 
 
 def head_arguments(head_cfg: DictConfig) -> dict[str, Any]:

@@ -158,7 +158,7 @@ def check_head(head: Head) -> DetectionHead:
     if not isinstance(head, DetectionHead):
         raise UserError(
             f"{type(head).__name__} predicts maps; expected a head that finds objects: head=fcos, "
-            "faster_rcnn or mask_rcnn."
+            "faster_rcnn, mask_rcnn or plain_detr."
         )
     return head
 

@@ -10,8 +10,10 @@ from torchvision.ops import MultiScaleRoIAlign
 from dense_heads.errors import UserError
 from dense_heads.heads.detection import Frame, finished, targets
 from dense_heads.heads.fcos import FCOSDetector
+from dense_heads.heads.plain_detr import PlainDETR
 from dense_heads.heads.pyramid import STRIDES, PyramidAnchors, PyramidRoIAlign, SimplePyramid
 from dense_heads.heads.rcnn import RCNNDetector
+from dense_heads.losses.set_prediction import SetCriterion
 from dense_heads.structures import Features, Padding
 
 BOXES = torch.tensor([[100.0, 120, 130, 140], [60, 50, 300, 290], [30, 40, 400, 380], [100.3, 77.7, 160, 250]])
@@ -116,7 +118,11 @@ HEADS = {
     "fcos": lambda: FCOSDetector([24, 24], 3, channels=32, num_convs=1),
     "faster_rcnn": lambda: RCNNDetector([24, 24], 3, channels=32, hidden=64, samples=32, proposals=100),
     "mask_rcnn": lambda: RCNNDetector([24, 24], 3, channels=32, hidden=64, mask_channels=16, samples=32, proposals=100),
-}
+    "plain_detr": lambda: PlainDETR(
+        [24, 24], 3, channels=32, num_heads=4, hidden=64, bias_hidden=16, decoder_layers=2, queries=20,
+        criterion=SetCriterion(),
+    ),
+}  # fmt: skip
 
 
 def shown():

@@ -11,6 +11,7 @@ from dense_heads.errors import UserError
 from dense_heads.heads.detection import DetectionHead
 from dense_heads.heads.fcos import FCOSDetector
 from dense_heads.heads.linear import LinearHead
+from dense_heads.heads.plain_detr import PlainDETR
 from dense_heads.heads.rcnn import RCNNDetector
 from dense_heads.models.dense import FrozenBackbone
 from dense_heads.models.detector import DetectionInference, Detector, check_fit, check_head, detections
@@ -28,9 +29,10 @@ def backbone():
 def lively(head, seed=0):
     """Random weights that answer: scores spread out, so that their order is no matter of rounding."""
     generator = torch.Generator().manual_seed(seed)
+    spread = 1 if isinstance(head, PlainDETR) else 2  # it corrects corrections: with more its boxes leave the image
     for parameter in head.parameters():
         if parameter.ndim > 1:
-            nn.init.trunc_normal_(parameter, std=2 / parameter[0].numel() ** 0.5, generator=generator)
+            nn.init.trunc_normal_(parameter, std=spread / parameter[0].numel() ** 0.5, generator=generator)
     return head.eval()
 
 
@@ -38,6 +40,7 @@ HEADS = {
     "fcos": lambda: FCOSDetector([192], 4, channels=32, num_convs=1),
     "faster_rcnn": lambda: RCNNDetector([192], 4, channels=32, hidden=64, proposals=100),
     "mask_rcnn": lambda: RCNNDetector([192], 4, channels=32, hidden=64, mask_channels=16, proposals=100),
+    "plain_detr": lambda: PlainDETR([192], 4, channels=32, num_heads=4, hidden=64, bias_hidden=16, queries=30),
 }
 
 

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 import dense_heads
 from dense_heads.data.records import decode, encode
+from dense_heads.heads.plain_detr import PlainDETR
 from dense_heads.models.dense import FrozenBackbone
 from dense_heads.structures import FeatureRequest, SeenView
 
@@ -58,3 +59,11 @@ def test_cached_records_keep_both(backbone, image):
     item = decode(encode({}, [SeenView((70, 98), [seen])], training=True, dtype=torch.float32))
     for request in (NEAR_AND_FAR, WHOLE):
         assert all(map(torch.equal, item["features"].features(request).patch_maps, seen.features(request).patch_maps))
+
+
+def test_a_head_asks_for_what_it_was_made_for(backbone, image):
+    arguments = {"blocks": "quarters", "norm": False, "windows": 3}
+    head = PlainDETR(backbone.widths(arguments), 2, channels=32, num_heads=4, queries=9, **arguments)
+    assert head.in_channels == (384,) * 4 and backbone.request(head) == FeatureRequest((1, 3, 5, 7), False, 3)
+    features = backbone(image, [backbone.request(head)]).features(backbone.request(head))
+    assert len(head.eval().detect(features, [(70, 98)])[0]["scores"]) > 0
