@@ -228,12 +228,12 @@ def fake_objects(seed, size=(84, 112), num=4):
     return image.clip(0, 255).astype(np.uint8), np.array(boxes, dtype=int).reshape(-1, 4), labels, masks
 
 
-def coco_of(scenes, first_id=7, category_ids=(2, 5, 9)):
+def coco_of(scenes, first_id=7, category_ids=(2, 5, 9), classes=SHAPES):
     """A COCO file (as a dict) of (file name, what `fake_objects` gave); ids of categories have gaps."""
     from dense_heads.ops import masks as codes
 
     content = {"images": [], "annotations": [], "categories": []}
-    for category, name in zip(category_ids, SHAPES, strict=True):
+    for category, name in zip(category_ids, classes, strict=False):
         content["categories"].append({"id": category, "name": name, "supercategory": "shape"})
     for image_id, (name, (image, boxes, labels, masks)) in enumerate(scenes, start=first_id):
         height, width = image.shape[:2]
@@ -243,7 +243,7 @@ def coco_of(scenes, first_id=7, category_ids=(2, 5, 9)):
                 {
                     "id": len(content["annotations"]) + 1,
                     "image_id": image_id,
-                    "category_id": category_ids[label],
+                    "category_id": category_ids[label % len(classes)],
                     "bbox": [x0, y0, x1 - x0, y1 - y0],
                     "area": int(mask.sum()),
                     "iscrowd": 0,
@@ -253,9 +253,18 @@ def coco_of(scenes, first_id=7, category_ids=(2, 5, 9)):
     return content
 
 
-def make_coco(root, train=6, val=3, sizes=((84, 112),), annotations="annotations/instances_{}.json", images="{}"):
-    """COCO JSON with splits train and val; one image of each split has no objects."""
-    for split, num, seed in (("train", train, 0), ("val", val, 100)):
+def make_coco(
+    root,
+    train=6,
+    val=3,
+    sizes=((84, 112),),
+    annotations="annotations/instances_{}.json",
+    images="{}",
+    splits=("train", "val"),
+    classes=SHAPES,
+):
+    """COCO JSON with two splits; one image of each split has no objects."""
+    for split, num, seed in ((splits[0], train, 0), (splits[1], val, 100)):
         scenes = []
         for i in range(num):
             found = fake_objects(seed + i, sizes[i % len(sizes)], num=0 if i == 1 else 4)
@@ -263,7 +272,7 @@ def make_coco(root, train=6, val=3, sizes=((84, 112),), annotations="annotations
             scenes.append((f"{split}{i}.png", found))
         path = root / annotations.format(split)
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(coco_of(scenes)))
+        path.write_text(json.dumps(coco_of(scenes, classes=classes)))
     return root
 
 

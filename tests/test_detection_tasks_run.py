@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from safetensors.torch import load_file
 import dense_heads
 from dense_heads.__main__ import main
 from dense_heads.ops import masks
+from dense_heads.paths import TASKS_DIR
 from tests.factories import fake_objects, make_coco, make_voc_xml, make_yolo, save
 
 TINY = [
@@ -86,6 +88,30 @@ def test_every_format_is_trained_measured_and_measured_again_alike(runs, kind):
     assert json.loads((again / "metrics.json").read_text())["metrics"] == found["metrics"]
     header = (run / "metrics.csv").read_text().splitlines()[0]
     assert "train/loss" in header and "val/map" in header
+
+
+OF_COCO = {"splits": ("train2017", "val2017"), "classes": ("person", "car", "dog")}
+OF_NUCLEI = {"annotations": "instances_{}.json", "images": "images/{}", "splits": ("training", "validation")}
+BENCHMARKS = {  # of those, voc2007_detection stands among the formats
+    "bccd": (partial(make_coco, classes=("RBC", "WBC", "Platelets")), []),
+    "coco_detection": (partial(make_coco, **OF_COCO), []),
+    "coco_instance": (partial(make_coco, **OF_COCO), MASKS[1:3]),
+    "nuclei_instance": (partial(make_coco, **OF_NUCLEI, classes=("nucleus",)), MASKS[1:3]),
+    "scenes_detection": (lambda root: root, [f"task.data.format.{key}" for key in ("num_train=4", "num_val=2")]),
+}
+
+
+@pytest.mark.parametrize("task", BENCHMARKS)
+def test_every_benchmark_trains_on_its_layout(tmp_path, task):
+    """With its own head, classes, transforms and metrics: only widths and lengths are made small."""
+    make, own = BENCHMARKS[task]
+    typed = [*TINY, *SMALL, *own, f"data.root={make(tmp_path / 'data')}", f"run_dir={tmp_path / 'run'}"]
+    assert main([f"task={task}", *typed]) == 0
+    found = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert found["primary"] in found["metrics"] and found["metrics"]["val/map"] is not None
+    assert ("val/mask_map" in found["metrics"]) == ("hidden" in str(own))
+    names = (TASKS_DIR / task / "classes.txt").read_text().splitlines()
+    assert [row["name"] for row in found["per_class"]] == [line.split("\t")[0] for line in names]
 
 
 def test_predictions_are_coco_files_that_pycocotools_reads(runs, tmp_path):

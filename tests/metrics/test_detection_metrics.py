@@ -8,6 +8,7 @@ import pytest
 import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from torch.multiprocessing.spawn import start_processes
 
 from dense_heads.errors import UserError
 from dense_heads.metrics.detection import COCO_SCORES, DetectionMetrics, conventions, score_names
@@ -228,6 +229,35 @@ def test_vocs_eleven_points_with_difficult_objects(seed):
     ours, theirs = metric.compute(), voc_reference(images, NUM_CLASSES)
     np.testing.assert_allclose(ours, theirs, atol=1e-12)
     assert np.isnan(ours[-1]) and np.nanmean(ours) > 0.1
+
+
+def _count_share(rank, folder, images):
+    torch.set_num_threads(1)  # threads of a forked process's parent are not there
+    torch.distributed.init_process_group("gloo", f"file://{folder / 'store'}", rank=rank, world_size=2)
+    torch.save(_scored(images[rank::2]), folder / f"rank{rank}")
+    torch.distributed.destroy_process_group()
+
+
+def _scored(images):
+    metrics = DetectionMetrics([str(k) for k in range(NUM_CLASSES)], with_masks=True, box_as_mask=True, voc=True)
+    for target, prediction, _ in images:
+        metrics.count({**prediction, "masks": torch.ones(len(prediction["boxes"]), 28, 28)}, target, SIZE)
+    return metrics.compute()
+
+
+@pytest.mark.parametrize("num_images", [9, 1])
+def test_two_processes_measure_what_one_does(tmp_path, num_images):
+    """Shares are unequal, one may be empty; scores with ties, so the order of images counts too."""
+    images = world(1, num_images)
+    start_processes(_count_share, (tmp_path, images), nprocs=2, start_method="fork")
+    (scores, rows), nan = _scored(images), {"nan_ok": True, "abs": 0}
+    assert scores["map"] > 0 and scores["voc_map_50"] > 0
+    for rank in (0, 1):
+        shared, own = torch.load(tmp_path / f"rank{rank}", weights_only=True)
+        assert shared == pytest.approx(scores, **nan)
+        for row, expected in zip(own, rows, strict=True):
+            assert row.pop("name") == expected["name"]
+            assert row == pytest.approx({key: value for key, value in expected.items() if key != "name"}, **nan)
 
 
 def test_conventions_say_what_was_asked():
