@@ -14,7 +14,7 @@ from dense_heads.report.sheet import Colour, Pixels, compose, font
 
 Found = Mapping[str, Any]  # of one image: boxes (n, 4), labels (n,); scores, iscrowd (n,); masks, mask_codes
 
-SHOWN_SCORE = 0.3  # predictions below are not drawn: a hundred faint boxes hide the sure ones
+SHOWN_SCORE = 0.5  # predictions below are not drawn: a hundred faint boxes hide the sure ones
 _ALPHA = 0.45
 _TEXT_MAX = 25  # objects beyond which only boxes are drawn
 
