@@ -15,6 +15,8 @@ from safetensors.torch import load_file
 
 import dense_heads
 from dense_heads.__main__ import main
+from dense_heads.data.detection_transforms import DetectionEvalTransform
+from dense_heads.models.detector import DetectionInference
 from dense_heads.ops import masks
 from dense_heads.paths import TASKS_DIR
 from tests.factories import fake_objects, make_coco, make_voc_xml, make_yolo, save
@@ -143,6 +145,26 @@ def test_predictions_are_coco_files_that_pycocotools_reads(runs, tmp_path):
         np.testing.assert_allclose(record["bbox"], corner, atol=1e-3)
         assert record["category_id"] == label + 1 and abs(record["score"] - score) < 1e-5
         np.testing.assert_array_equal(results.annToMask(record), mask)
+
+
+def test_a_large_image_is_looked_at_in_windows(runs, tmp_path):
+    """At its own size; typed for a run that was trained without, and the same objects as the model finds in Python."""
+    run, _ = runs(*KINDS["masks"], "masks")
+    save(tmp_path / "in" / "large.png", fake_objects(8, (112, 168), num=9)[0])
+    windows = {"window": 56, "stride": 28, "merge_iou": 0.4}
+    looks = [f"task.inference.{key}={value}" for key, value in windows.items()]
+    typed = ["mode=predict", f"model={run}", f"input={tmp_path / 'in'}", f"output={tmp_path / 'out'}", *looks]
+    assert main([*typed, "task.transforms.eval.size=null"]) == 0
+    model = dense_heads.load_model(run)
+    model.transform = DetectionEvalTransform()
+    whole = model.predict(tmp_path / "in" / "large.png")
+    model.inference = DetectionInference(**windows)
+    expected = model.predict(tmp_path / "in" / "large.png")
+    assert len(expected["scores"]) and not np.array_equal(expected["boxes"], whole["boxes"])
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    kept = expected["boxes"][expected["scores"] >= 0.05]
+    corners = [[box[0], box[1], box[0] + box[2], box[1] + box[3]] for box in (record["bbox"] for record in found)]
+    np.testing.assert_allclose(corners, kept, atol=1e-3)
 
 
 def test_raw_category_ids_are_the_data_sets_own(runs, tmp_path):
