@@ -65,7 +65,7 @@ def test_a_record_gives_back_its_item(largest, training):
 def test_labels_take_little_room_and_features_the_type_that_was_asked_for():
     record = encode(item(255), [SeenView((27, 40), [levels(0)])], True, torch.bfloat16)
     assert record.tensors["item.mask"].dtype == torch.uint8
-    assert record.tensors["map.0.0.7.1"].dtype == torch.bfloat16
+    assert record.tensors["map.0.0.7.1.1"].dtype == torch.bfloat16
     assert record.num_bytes == sum(tensor.nbytes for tensor in record.tensors.values())
 
 
