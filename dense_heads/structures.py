@@ -147,6 +147,8 @@ class Batch(TypedDict, total=False):
 
     image: Tensor | list[Tensor]  # (B, C, H, W) float32, ImageNet-normalised
     views: list[list[View]]  # for each image its test scales, each (C, H, W); cached features stand here too
+    crops: list[Tensor]  # self-supervised: (2B, C, H, W) global crops, view by view; then local ones, if any
+    patch_masks: Tensor  # (2B, N) bool, patches of the global crops that are hidden from the student
     features: Levels  # in training, in place of `image` where features come from the cache
     mask: Tensor | list[Tensor]  # (B, H, W) int64, IGNORE_INDEX where nothing is known
     multilabel: Tensor | list[Tensor]  # (B, K, H, W) int64 of 0, 1 and IGNORE_INDEX: labels that overlap

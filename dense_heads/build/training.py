@@ -35,7 +35,7 @@ def make_loggers(cfg: DictConfig, folder: Path) -> list[Logger]:
 def make_trainer(
     cfg: DictConfig,
     folder: Path | None,
-    made: Parts,
+    made: Parts | None,
     run_loggers: list[Logger],
     more: Sequence[pl.Callback] = (),
 ) -> pl.Trainer:
@@ -71,14 +71,14 @@ def _several_devices(options: Mapping[str, Any]) -> bool:
     return (isinstance(devices, int) and devices > 1) or (isinstance(devices, list) and len(devices) > 1)
 
 
-def _callbacks(cfg: DictConfig, folder: Path, made: Parts) -> list[pl.Callback]:
+def _callbacks(cfg: DictConfig, folder: Path, made: Parts | None) -> list[pl.Callback]:
     completed: dict[str, dict[str, Any]] = {
         "checkpoints": {"folder": folder / "checkpoints"},
-        "pictures": {"folder": folder, **family_of(cfg).pictures(made.loaded)},
+        "pictures": {"folder": folder, **family_of(cfg).pictures(made.loaded)} if made else {},
     }
     made_callbacks = []
     for name, node in (cfg.callbacks or {}).items():
-        if node is not None:
+        if node is not None and (made or name != "pictures"):
             callback = instantiate(node)
             made_callbacks.append(callback(**completed[name]) if name in completed else callback)
     return made_callbacks

@@ -10,6 +10,7 @@ from dense_heads.errors import UserError, unknown_name
 _WHOLE_NUMBERS = {
     "seed": 0, "task.num_classes": 1, "data.batch_size": 1, "data.eval_batch_size": 1, "data.image_size": 1,
     "data.num_workers": 0,
+    "data.in_memory": 1,
     "trainer.max_steps": 1, "trainer.val_check_interval": 1, "trainer.accumulate_grad_batches": 1,
     "trainer.log_every_n_steps": 1, "callbacks.checkpoints.every": 1, "callbacks.checkpoints.keep": 1,
     "sweep.trials": 1, "sweep.workers": 1,

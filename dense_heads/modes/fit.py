@@ -16,6 +16,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
+from dense_heads.build.backbone_training import BACKBONE_FAMILIES
 from dense_heads.build.config import plain, recomposed
 from dense_heads.build.data import keep_split
 from dense_heads.build.model import run_card
@@ -24,12 +25,14 @@ from dense_heads.build.training import make_loggers, make_trainer
 from dense_heads.errors import UserError
 from dense_heads.models.artefact import save_artefact
 from dense_heads.models.inference import Inference
+from dense_heads.modes import pretrain
 from dense_heads.modes.folder import run_folder
 from dense_heads.modes.outcome import Measured, blind_scores, write_outcome
+from dense_heads.modes.resume import checkpoint_to_resume
 from dense_heads.report.html import write_report
 from dense_heads.report.tables import print_tables
-from dense_heads.training.checkpoints import load_best, newest_checkpoint
-from dense_heads.training.loggers import MetricsCsv, abandon_loggers, finish_loggers
+from dense_heads.training.checkpoints import load_best
+from dense_heads.training.loggers import abandon_loggers, finish_loggers
 from dense_heads.training.stopwatch import Stopwatch
 from dense_heads.training.support import observe
 
@@ -38,11 +41,13 @@ log = logging.getLogger("dense_heads")
 TITLES = {"pixels": "raw pixels"}  # of baselines, in reports
 
 
-def main(cfg: DictConfig) -> float:
+def main(cfg: DictConfig) -> float | None:
     """Train, select, measure, write; returns the primary metric."""
     started = time.monotonic()
     if cfg.resume is None and int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0:
         cfg.resume = "auto"  # the cluster started this job again
+    if cfg.task.family in BACKBONE_FAMILIES:
+        return pretrain.main(cfg)
     parts = make_parts(cfg)  # every mistake that shows cheaply shows here, before a folder is made
     return run_in(cfg, run_folder(cfg), parts, started)
 
@@ -91,7 +96,7 @@ def train(cfg: DictConfig, parts: Parts, folder: Path, callbacks: Sequence[pl.Ca
     """
     loggers = make_loggers(cfg, folder)
     trainer = make_trainer(cfg, folder, parts, loggers, callbacks)
-    checkpoint = _checkpoint_to_resume(cfg, folder, loggers[0])
+    checkpoint = checkpoint_to_resume(cfg, folder, loggers[0])
     started = time.monotonic()
     try:
         learn(cfg, trainer, parts, checkpoint)
@@ -138,20 +143,6 @@ def validate(trainer: pl.Trainer, parts: Parts) -> None:
     """Measure on validation, unless that has just been done on these very weights."""
     if not parts.module.is_measured("val", trainer.global_step):
         trainer.validate(parts.module, parts.data, verbose=False)
-
-
-def _checkpoint_to_resume(cfg: DictConfig, folder: Path, metrics_csv: Any) -> Path | None:
-    if cfg.resume is None:
-        return None
-    checkpoints = folder / "checkpoints"
-    if cfg.resume == "auto" and not any(checkpoints.glob("step=*.ckpt")):
-        return None
-    path = newest_checkpoint(checkpoints)
-    step = int(path.stem.partition("=")[2])
-    log.info("going on from step %d of %s", step, folder)
-    if isinstance(metrics_csv, MetricsCsv):
-        metrics_csv.cut_back(step)
-    return path
 
 
 def _baseline(cfg: DictConfig, notes: list[str]) -> dict[str, Any] | None:

@@ -120,9 +120,14 @@ class Checkpoints(Checkpoint):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """After a validation within training: the best heads first, so that the checkpoint knows of them."""
-        assert isinstance(pl_module, DenseModule)
         if not trainer.state.fn == "fit" or trainer.sanity_checking:
             return
+        if isinstance(pl_module, DenseModule):  # a module that trains a backbone keeps its latest
+            self._keep_best(trainer, pl_module)
+        self.asked = False
+        self.save(trainer)
+
+    def _keep_best(self, trainer: pl.Trainer, pl_module: DenseModule) -> None:
         result = pl_module.results["val"]
         score = result.scores[pl_module.leader()][pl_module.primary]
         better = self.best is None or (score > self.best if pl_module.direction == "max" else score < self.best)
@@ -132,8 +137,6 @@ class Checkpoints(Checkpoint):
                 heads = {key: value.contiguous().cpu() for key, value in pl_module.heads.state_dict().items()}
                 facts = {"step": str(result.step), pl_module.primary: repr(score), "candidate": str(pl_module.leader())}
                 write_atomically(self.folder / BEST_FILE, save(heads, metadata=facts))
-        self.asked = False
-        self.save(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The last step, whatever the interval."""

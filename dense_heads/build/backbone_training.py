@@ -1,0 +1,103 @@
+"""What pre-training and distillation are made of: data, probe, module."""
+
+import logging
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from dense_heads.backbones.vit import VisionTransformer
+from dense_heads.build import pretraining
+from dense_heads.build.config import plain
+from dense_heads.data.crops import published_crops
+from dense_heads.data.labelled import LabelledImages, class_names, collate_labelled, labelled_images
+from dense_heads.data.selfsupervised import SelfSupervisedData
+from dense_heads.data.unlabelled import CropDataset, ImageSource, InMemory, collate_crops, find_images
+from dense_heads.errors import UserError
+from dense_heads.metrics.neighbours import NeighbourProbe
+from dense_heads.training.backbone import BackboneTraining, Collapse, Recipe
+
+log = logging.getLogger("dense_heads")
+
+# A family here is a module with `module(cfg, backbone, recipe, collapse, probe)`.
+BACKBONE_FAMILIES: dict[str, ModuleType] = {"pretraining": pretraining}
+
+
+@dataclass
+class BackboneParts:
+    """What a run that trains a backbone is made of, before the trainer."""
+
+    module: BackboneTraining
+    data: SelfSupervisedData
+    num_images: int
+    notes: list[str]
+
+
+def make_backbone_parts(cfg: DictConfig) -> BackboneParts:
+    """Everything but the trainer; finds a user's mistakes cheaply, the cheapest first."""
+    if cfg.data.root is None:
+        raise UserError(f"data.root is not set. task={cfg.task.name} needs images: a folder, a .txt list, or a .tar.")
+    found = find_images(cfg.data.root)
+    crops = published_crops(cfg.seed, cfg.data.image_size, **_crops(cfg))
+    bank, queries = _probe_data(cfg)
+    student = make_student(cfg)
+    probe = NeighbourProbe(cfg.task.probe.ks) if bank is not None else None
+    module = BACKBONE_FAMILIES[cfg.task.family].module(
+        cfg, student, recipe(cfg), Collapse(**plain(cfg.task.collapse)), probe
+    )
+    source: ImageSource = found if cfg.data.in_memory is None else InMemory(found, cfg.data.in_memory)
+    data = SelfSupervisedData(
+        CropDataset(source, crops, cfg.task.crops.fast),
+        bank,
+        queries,
+        batch_size=cfg.data.batch_size,
+        max_steps=cfg.trainer.max_steps,
+        collate_train=collate_crops,
+        collate_eval=collate_labelled,
+        eval_batch_size=cfg.data.eval_batch_size,
+        num_workers=cfg.data.num_workers,
+        seed=cfg.seed,
+    )
+    return BackboneParts(module, data, len(found), [])
+
+
+def recipe(cfg: DictConfig) -> Recipe:
+    """How the student is optimised; the rate follows the batch as in the original unless it is said."""
+    options = {key: value for key, value in plain(cfg.optim).items() if key not in ("optimizer", "base_lr", "lr")}
+    batch = cfg.data.batch_size * cfg.trainer.accumulate_grad_batches
+    lr = cfg.optim.lr if cfg.optim.lr is not None else cfg.optim.base_lr * math.sqrt(batch / 1024)
+    options |= {key: tuple(options[key]) for key in ("weight_decay", "momentum")}
+    return Recipe(max_steps=cfg.trainer.max_steps, lr=float(lr), **options)
+
+
+def make_student(cfg: DictConfig) -> VisionTransformer:
+    """The backbone that learns; from `backbone.weights`, or random with the recipe's LayerScale."""
+    student = instantiate(cfg.backbone, drop_path=cfg.task.backbone.drop_path)
+    if not isinstance(student, VisionTransformer):
+        raise UserError(f"backbone={cfg.backbone.name} has nothing to train. Choose a ViT.")
+    if cfg.data.image_size % student.patch_size:
+        raise UserError(f"data.image_size={cfg.data.image_size}; expected a multiple of {student.patch_size}.")
+    if cfg.backbone.weights is None:
+        student.init_weights(cfg.backbone.seed, cfg.task.backbone.layer_scale)
+    return student
+
+
+def _crops(cfg: DictConfig) -> dict[str, Any]:
+    return {key: value for key, value in plain(cfg.task.crops).items() if key != "fast"}
+
+
+def _probe_data(cfg: DictConfig) -> tuple[LabelledImages | None, LabelledImages | None]:
+    options = cfg.task.probe
+    if options.root is None:
+        return None, None
+    root = Path(options.root).expanduser()
+    names = class_names(root / "train")
+    queries = next((root / name for name in ("test", "val", "validation") if (root / name).is_dir()), root / "test")
+    bank, query = (
+        LabelledImages(labelled_images(f, names), options.resize, options.crop) for f in (root / "train", queries)
+    )
+    return bank, query

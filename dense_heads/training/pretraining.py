@@ -1,0 +1,202 @@
+"""Self-supervised pre-training: DINO + iBOT + KoLeo as in DINOv2, and masked feature prediction."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dense_heads.backbones.packed import packed_forward
+from dense_heads.backbones.vit import VisionTransformer
+from dense_heads.data.block_masks import batch_masks
+from dense_heads.errors import UserError, unknown_name
+from dense_heads.heads.dino import DINOHead
+from dense_heads.heads.features import FeaturePredictor
+from dense_heads.losses.self_supervised import (
+    SoftmaxCenter,
+    dino_loss,
+    ibot_loss,
+    koleo_loss,
+    sinkhorn_knopp,
+    teacher_entropy,
+)
+from dense_heads.metrics.neighbours import NeighbourProbe
+from dense_heads.ops.across import total
+from dense_heads.ops.descriptors import IMAGE_DIM, PATCH_DIM, describe, moments, standardised
+from dense_heads.structures import Batch
+from dense_heads.training.backbone import BackboneTraining, Collapse, Recipe
+from dense_heads.training.ssl_optim import WarmupSchedule
+
+CENTERINGS = ("softmax", "sinkhorn_knopp")
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The weights of the losses and what they are made with; a loss of weight 0 costs nothing."""
+
+    dino: float = 1.0
+    ibot: float = 1.0
+    koleo: float = 0.1
+    features: float = 0.0  # masked feature prediction
+    koleo_gather: bool = False  # neighbours over all processes; the original stays within each
+    centering: str = "softmax"
+    teacher_temperature: tuple[float, float] = (0.04, 0.07)
+    teacher_warmup: float = 0.3  # share of the run
+    mask_probability: float = 0.5
+    mask_ratio: tuple[float, float] = (0.1, 0.5)
+    visible: float = 0.25  # weight of the patches that are not hidden, in feature prediction
+    heads: dict[str, dict[str, Any]] = field(default_factory=dict)  # dino, ibot: arguments of DINOHead
+
+    def __post_init__(self) -> None:
+        if self.centering not in CENTERINGS:
+            raise unknown_name("centering", str(self.centering), CENTERINGS)
+        if min(self.dino, self.ibot, self.koleo, self.features) < 0 or self.dino + self.ibot + self.features <= 0:
+            raise UserError("The weights of the losses must be 0 or more, and one of dino, ibot, features above 0.")
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether the running mean of the student teaches."""
+        return self.dino > 0 or self.ibot > 0
+
+
+class PretrainingModule(BackboneTraining):
+    """Student and its running mean as teacher, on global crops (the student's masked) and local crops."""
+
+    def __init__(
+        self,
+        backbone: VisionTransformer,
+        objective: Objective,
+        optimizer: Callable[..., torch.optim.Optimizer],
+        recipe: Recipe,
+        collapse: Collapse,
+        probe: NeighbourProbe | None,
+        seed: int,
+    ) -> None:
+        """`objective.heads` without `ibot`: the iBOT term goes through the DINO head."""
+        student: dict[str, nn.Module] = {"backbone": backbone}
+        width = backbone.embed_dim
+        for place, name in enumerate(("dino", "ibot")):
+            used = getattr(objective, name) > 0 or (
+                name == "dino" and objective.ibot > 0 and "ibot" not in objective.heads
+            )
+            if used and name in objective.heads:
+                student[f"{name}_head"] = DINOHead(width, seed=seed + 1 + place, **objective.heads[name])
+        averaged = list(student)
+        if objective.features > 0:
+            student["feature_head"] = FeaturePredictor(width, PATCH_DIM, IMAGE_DIM, seed=seed + 3)
+        super().__init__(student, averaged, optimizer, recipe, collapse, probe, seed)
+        self.objective = objective
+        self.temperature = WarmupSchedule(
+            *objective.teacher_temperature, int(objective.teacher_warmup * recipe.max_steps)
+        )
+        self.centers = nn.ModuleDict(
+            {
+                name: SoftmaxCenter(head["num_prototypes"])
+                for name, head in objective.heads.items()
+                if objective.centering == "softmax"
+            }
+        )
+
+    def masks(self, num_images: int, grid: tuple[int, int]) -> Tensor:
+        """(2B, N) of this process's global crops: its part of what (seed, step) gives the whole batch."""
+        everywhere = batch_masks(
+            num_images * self.trainer.world_size,
+            grid,
+            self.seed,
+            self.global_step,
+            self.objective.mask_probability,
+            self.objective.mask_ratio,
+        )
+        views = torch.from_numpy(everywhere).view(2, self.trainer.world_size, num_images // 2, -1)
+        return views[:, self.global_rank].flatten(0, 1).to(self.device)
+
+    def losses(self, batch: Batch) -> dict[str, Tensor]:
+        """The weighted parts on `crops`, and on `patch_masks` where the batch brings its own."""
+        crops = batch["crops"]
+        backbone = self.student["backbone"]
+        assert isinstance(backbone, VisionTransformer)
+        sides = tuple(side // backbone.patch_size for side in crops[0].shape[2:])
+        masks = batch["patch_masks"] if "patch_masks" in batch else self.masks(len(crops[0]), (sides[0], sides[1]))
+        uses_locals = len(crops) > 1 and self.objective.dino > 0
+        inputs = crops if uses_locals else crops[:1]
+        outputs = packed_forward(backbone, inputs, [masks, *[None] * (len(inputs) - 1)])
+        parts: dict[str, Tensor] = {}
+        if self.objective.needs_teacher:
+            parts |= self._taught(crops[0], masks, outputs)
+        if self.objective.koleo > 0:
+            halves = outputs[0]["cls_token"].chunk(2)
+            spread = torch.stack([koleo_loss(half, self.objective.koleo_gather) for half in halves]).sum()
+            parts["koleo"] = self.objective.koleo * spread
+        if self.objective.features > 0:
+            parts["features"] = self.objective.features * self._predicted(crops[0], masks, outputs[0])
+        return parts
+
+    def _taught(self, images: Tensor, masks: Tensor, outputs: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+        teacher_cls, teacher_patches = self._teach(images, masks)
+        parts: dict[str, Tensor] = {}
+        if self.objective.dino > 0:
+            logits = self.student["dino_head"](torch.cat([output["cls_token"] for output in outputs]))
+            wholes, locals_ = logits.split([len(images), len(logits) - len(images)])
+            first, second = teacher_cls.chunk(2)
+            terms = 2 + 2 * (len(locals_) // len(first))
+            loss = 2 * dino_loss(wholes, torch.cat((second, first)))
+            for student in locals_.split(len(first)) if len(locals_) else ():
+                loss = loss + dino_loss(student, first) + dino_loss(student, second)
+            parts["dino"] = self.objective.dino * loss / terms
+        if self.objective.ibot > 0:
+            head = self.student["ibot_head"] if "ibot_head" in self.student else self.student["dino_head"]
+            student_patches = head(outputs[0]["patch_tokens"][masks])
+            parts["ibot"] = self.objective.ibot * ibot_loss(student_patches, teacher_patches, masks)
+        return parts
+
+    @torch.no_grad()
+    def _teach(self, images: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+        """The teacher's probabilities for the cls tokens of the global crops, and for their masked patches."""
+        tokens = self.ema["backbone"](images)
+        temperature = self.temperature(self.global_step)
+        cls, patches = images.new_zeros(0), images.new_zeros(0)
+        if self.objective.dino > 0:
+            cls = self._probabilities("dino", self.ema["dino_head"](tokens["cls_token"]), temperature)
+            self._judge(cls, temperature)
+        if self.objective.ibot > 0:
+            name = "ibot" if "ibot_head" in self.ema else "dino"
+            patches = self._probabilities(name, self.ema[f"{name}_head"](tokens["patch_tokens"][masks]), temperature)
+            self.log("teacher/patch_entropy", teacher_entropy(patches) if len(patches) else torch.zeros(()))
+        return cls, patches
+
+    def _judge(self, probabilities: Tensor, temperature: float) -> None:
+        """Log what the teacher's assignments say, over all processes, and stop when it is nothing."""
+        own = torch.stack(
+            (teacher_entropy(probabilities) * len(probabilities), probabilities.new_tensor(len(probabilities)))
+        )
+        sums = total(torch.cat((probabilities.sum(0), own)))
+        entropy = float(sums[-2] / sums[-1])
+        information = float(teacher_entropy(sums[:-2].unsqueeze(0) / sums[-1])) - entropy
+        self.log_dict({"teacher/entropy": entropy, "teacher/information": information, "teacher/temp": temperature})
+        self.judge(information=information)
+
+    def _probabilities(self, name: str, logits: Tensor, temperature: float) -> Tensor:
+        if self.objective.centering == "sinkhorn_knopp":
+            return sinkhorn_knopp(logits, temperature)
+        center = self.centers[name]
+        assert isinstance(center, SoftmaxCenter)
+        probabilities: Tensor = center(logits, temperature)
+        center.update(logits)
+        return probabilities
+
+    def _predicted(self, images: Tensor, masks: Tensor, output: dict[str, Tensor]) -> Tensor:
+        """Masked feature prediction: patches mostly where they were hidden, the whole image from the cls token."""
+        with torch.autocast(images.device.type, enabled=False):
+            patches, whole = describe(images)
+            patches, whole = (standardised(x, total(moments(x))) for x in (patches, whole))
+        predictor = self.student["feature_head"]
+        assert isinstance(predictor, FeaturePredictor)
+        from_patches, from_cls = predictor(output["patch_tokens"], output["cls_token"])
+        errors = F.smooth_l1_loss(from_patches.float(), patches, reduction="none").mean(-1)
+        # Means over the patches of all processes, so that these need not hide equally many.
+        hidden = total(masks.sum().float()).clamp(min=1) / self.trainer.world_size
+        seen = total((~masks).sum().float()).clamp(min=1) / self.trainer.world_size
+        weights = torch.where(masks, 1.0 / hidden, self.objective.visible / seen)
+        return (errors * weights).sum() + F.smooth_l1_loss(from_cls.float(), whole)
