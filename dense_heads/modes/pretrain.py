@@ -13,6 +13,7 @@ from dense_heads.backbones.weights import save_backbone
 from dense_heads.build.backbone_training import BackboneParts, make_backbone_parts
 from dense_heads.build.config import plain
 from dense_heads.build.training import make_loggers, make_trainer
+from dense_heads.errors import unknown_name
 from dense_heads.modes.folder import run_folder
 from dense_heads.modes.outcome import commit, hardware
 from dense_heads.modes.resume import checkpoint_to_resume
@@ -32,6 +33,9 @@ FILES = {
 def main(cfg: DictConfig) -> float | None:
     """Train and write the run folder; returns the probe's first accuracy where there is a probe."""
     started = time.monotonic()
+    for name in cfg.task.formats:
+        if name not in FILES:
+            raise unknown_name("task.formats:", str(name), FILES)
     parts = make_backbone_parts(cfg)
     folder = run_folder(cfg)
     log.info("run folder %s", folder)

@@ -48,6 +48,7 @@ def tiny_ssl(tmp_path_factory):
         "+task.objective.heads.ibot={num_prototypes: 10, hidden_dim: 16, bottleneck_dim: 8}",
         f"task.probe.root={root / 'probe'}",
         "task.probe={ks: [1, 3], resize: 32, crop: 28}",
+        "task.backbone={drop_path: 0.1, layer_scale: 1.0}",  # the published 1e-5 has rank 1 in a run this short
         "trainer.max_steps=6",
         "trainer.val_check_interval=3",
         "trainer.log_every_n_steps=1",
@@ -206,6 +207,9 @@ def crops(num):
     return {"crops": [wholes, locals_], "patch_masks": masks}
 
 
+OPTIONS = {"features": 1.0, "koleo_gather": True, "heads": HEADS}
+
+
 class Stub:
     """What the module asks of a trainer."""
 
@@ -218,7 +222,7 @@ def _train_share(rank, world_size, port, path):
     if world_size > 1:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
         torch.distributed.init_process_group("gloo", rank=rank, world_size=world_size)
-    objective = Objective(features=1.0, koleo_gather=True, centering=path.rsplit("/", 1)[1].split("-")[0], heads=HEADS)
+    objective = Objective(**OPTIONS, centering=path.rsplit("/", 1)[1].split("-")[0])
     made = module(objective, momentum=(0.9, 0.9))
     made._trainer = Stub(world_size, rank)
     whole, share = crops(4), 4 // world_size
@@ -260,12 +264,15 @@ def test_two_processes_learn_what_one_does(tmp_path, centering):
     for rank in (0, 1):
         two = torch.load(f"{path}-2-{rank}", weights_only=True)
         torch.testing.assert_close(two["history"], one["history"], rtol=1e-5, atol=0)
-        for ours, theirs in zip(two["gradients"], one["gradients"], strict=True):
-            scale = float(theirs.abs().max())
-            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * scale)
-        for key, value in one["state"].items():
-            scale = float(value.float().abs().max())
-            torch.testing.assert_close(two["state"][key], value, rtol=1e-5, atol=1e-5 * scale)
+        # As vectors: single entries whose true value is nearly zero hold nothing but rounding.
+        ours, theirs = (torch.cat([g.flatten() for g in run["gradients"]]) for run in (two, one))
+        assert (ours - theirs).norm() < 1e-5 * theirs.norm()
+        ours, theirs = (torch.cat([v.flatten().float() for v in run["state"].values()]) for run in (two, one))
+        assert (ours - theirs).norm() < 1e-5 * theirs.norm()
+    start = torch.cat(
+        [v.flatten().float() for v in module(Objective(**OPTIONS, centering=centering)).state_dict().values()]
+    )
+    assert (theirs - start).norm() > 1e-3 * theirs.norm()  # there was something to differ in
 
 
 def test_a_run_of_unequal_weights_is_refused():
