@@ -14,6 +14,7 @@ from hydra.utils import get_object, instantiate
 from omegaconf import OmegaConf
 
 from dense_heads.backbones.zoo import get_spec, resolve_blocks
+from dense_heads.build.backbone_training import BACKBONE_FAMILIES, recipe
 from dense_heads.build.heads import HOW_IT_RUNS
 from dense_heads.command import GROUPS, options
 from dense_heads.data.labels import LabelRule
@@ -24,6 +25,8 @@ from dense_heads.models.inference import Inference
 from dense_heads.paths import CONF_DIR, TASKS_DIR
 from dense_heads.ray_launcher import register_launcher
 from dense_heads.registry import register_tasks
+from dense_heads.training.backbone import Collapse
+from dense_heads.training.pretraining import Objective
 from tests.factories import composed
 
 REPO = Path(__file__).resolve().parents[1]
@@ -51,6 +54,8 @@ def with_option(group, option):
     needed = (
         ["task.num_classes=3", "data.root=data"] if group == "task" and option in ("segmentation", "medical") else []
     )
+    if (group, option) in (("head", "none"), ("optim", "backbone")):  # of families that train a whole backbone
+        needed = ["task=pretraining"]
     return composed(f"{group}={option}", *needed)
 
 
@@ -82,7 +87,10 @@ def test_every_key_is_an_argument_of_its_target(group, option):
     cfg = with_option(group, option)
     OmegaConf.to_container(cfg, throw_on_missing=True)
     found = dict(targets(cfg))
-    assert {"backbone", "trainer", "optim.optimizer", "optim.schedule", "task.loss", "task.data.format"} <= set(found)
+    wanted = {"backbone", "trainer", "optim.optimizer"}
+    if cfg.task.family not in BACKBONE_FAMILIES:
+        wanted |= {"optim.schedule", "task.loss", "task.data.format"}
+    assert wanted <= set(found)
     for address, node in found.items():
         signature = inspect.signature(get_object(node["_target_"]))
         keywords = arguments(node)
@@ -106,7 +114,7 @@ def test_every_key_is_an_argument_of_its_target(group, option):
         inspect.signature(LabelRule).bind(cfg.task.num_classes, **arguments(cfg.task.data.labels))
 
 
-@pytest.mark.parametrize("option", [o for o in options("head") if o != "grid"])
+@pytest.mark.parametrize("option", [o for o in options("head") if o not in ("grid", "none")])
 def test_heads_are_made(option):
     node = with_option("head", option).head
     make = instantiate(OmegaConf.masked_copy(node, [key for key in node if key not in ("weights", "range")]))
@@ -124,7 +132,15 @@ def test_a_grid_holds_options_of_its_own_group():
     assert len(set(grid.lr)) == len(grid.lr) > 1
 
 
-@pytest.mark.parametrize("option", options("optim"))
+@pytest.mark.parametrize("run", ["task=pretraining", "experiment=inhouse_vitn14_reg"])
+def test_recipes_that_train_a_backbone_are_made(run):
+    cfg = composed(run)
+    assert recipe(cfg).schedules["lr"](cfg.trainer.max_steps) == pytest.approx(cfg.optim.min_lr)
+    for made, node in ((Objective, cfg.task.objective), (Collapse, cfg.task.collapse)):
+        assert made(**OmegaConf.to_container(node)) is not None
+
+
+@pytest.mark.parametrize("option", [o for o in options("optim") if o != "backbone"])
 def test_optimisers_are_made(option):
     cfg = with_option("optim", option)
     optimizer = instantiate(cfg.optim.optimizer)([torch.nn.Parameter(torch.zeros(1))], lr=cfg.optim.lr)

@@ -10,9 +10,11 @@ from typing import Any
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
+from dense_heads.backbones.pixels import WITHOUT_NETWORK
 from dense_heads.backbones.vit import VisionTransformer
 from dense_heads.build import pretraining
 from dense_heads.build.config import plain
+from dense_heads.build.heads import HOW_IT_RUNS
 from dense_heads.data.crops import published_crops
 from dense_heads.data.labelled import LabelledImages, class_names, collate_labelled, labelled_images
 from dense_heads.data.selfsupervised import SelfSupervisedData
@@ -76,7 +78,10 @@ def recipe(cfg: DictConfig) -> Recipe:
 
 def make_student(cfg: DictConfig) -> VisionTransformer:
     """The backbone that learns; from `backbone.weights`, or random with the recipe's LayerScale."""
-    student = instantiate(cfg.backbone, drop_path=cfg.task.backbone.drop_path)
+    arguments = {key: value for key, value in plain(cfg.backbone).items() if key not in HOW_IT_RUNS}
+    if cfg.backbone.name not in WITHOUT_NETWORK:
+        arguments["drop_path"] = cfg.task.backbone.drop_path
+    student = instantiate(arguments)
     if not isinstance(student, VisionTransformer):
         raise UserError(f"backbone={cfg.backbone.name} has nothing to train. Choose a ViT.")
     if cfg.data.image_size % student.patch_size:
