@@ -68,15 +68,19 @@ def describe(images: Tensor, patch_size: int = 14) -> tuple[Tensor, Tensor]:
 
 def standardised(values: Tensor, sums: Tensor) -> Tensor:
     """(..., D) less its mean and divided by its deviation, from the `moments` of all processes together."""
-    count, mean = sums[0], sums[1:].view(2, -1)[0] / sums[0]
-    variance = (sums[1:].view(2, -1)[1] / count - mean**2).clamp(min=0)
-    return (values - mean) / (variance.sqrt() + 1e-3)
+    mean, squares = (sums[1:] / sums[0]).view(2, -1)
+    deviation = (squares - mean**2).clamp(min=0).sqrt() + 1e-3
+    standard: Tensor = (values - mean.to(values.dtype)) / deviation.to(values.dtype)
+    return standard
 
 
 def moments(values: Tensor) -> Tensor:
-    """Count, sums and sums of squares over all but the last dimension, (1 + 2 D), to be added up over processes."""
+    """Count, sums and sums of squares over all but the last dimension, (1 + 2 D), to be added up over processes.
+
+    In float64: a variance is a small difference of large sums, and must not depend on how the batch was shared out.
+    """
     flat = values.flatten(0, -2).double()
-    return torch.cat((flat.new_tensor([len(flat)]), flat.sum(0), (flat**2).sum(0))).float()
+    return torch.cat((flat.new_tensor([len(flat)]), flat.sum(0), (flat**2).sum(0)))
 
 
 def _around(values: Tensor, window: int) -> Tensor:
