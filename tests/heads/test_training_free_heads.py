@@ -1,0 +1,166 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dense_heads.errors import UserError
+from dense_heads.heads.patch_knn import PatchKNNHead
+from dense_heads.heads.prototype import PrototypeHead, best_offsets
+from dense_heads.heads.training_free import patch_shares
+from dense_heads.structures import Features
+
+K, D = 3, 12
+
+
+def scene(seed, size=(8, 10), noise=0.3):
+    """Features in which each class has a direction of its own around a common one; and the mask, 14 pixels a patch."""
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.randn(K, D, generator=torch.Generator().manual_seed(99))
+    patches = torch.zeros(1, *size, dtype=torch.long)
+    top, left = torch.randint(0, size[0] - 4, (2,), generator=generator).tolist()
+    patches[0, top : top + 3, left : left + 3] = 1
+    patches[0, top + 3 : top + 5, left : left + 2] = 2
+    map = directions[patches].permute(0, 3, 1, 2) + 4 + noise * torch.randn(1, D, *size, generator=generator)
+    mask = patches.repeat_interleave(14, 1).repeat_interleave(14, 2)
+    features = Features((map,), (map.mean(dim=(2, 3)),), (size[0] * 14, size[1] * 14))
+    return features, {"mask": mask}, patches
+
+
+def shown(head, seeds):
+    for seed in seeds:
+        features, batch, _ = scene(seed)
+        head.observe(features, batch)
+    head.conclude()
+    return head
+
+
+HEADS = {"prototype": lambda **o: PrototypeHead([D], K, **o), "patch_knn": lambda **o: PatchKNNHead([D], K, k=5, **o)}
+
+
+@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("num", [1, 4])
+def test_what_a_class_looks_like_is_found_again(name, num):
+    head = shown(HEADS[name](), range(num))
+    for seed in range(50, 54):
+        features, _, patches = scene(seed)
+        found = head(features).argmax(dim=1)
+        assert (found == patches).float().mean() > 0.95
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_state_dict_brings_what_was_seen(name, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    head = shown(HEADS[name](), range(3))
+    save_file(head.state_dict(), tmp_path / "head.safetensors")
+    other = HEADS[name]()
+    other.load_state_dict(load_file(tmp_path / "head.safetensors"))
+    features, _, _ = scene(50)
+    torch.testing.assert_close(other(features), head(features))
+
+
+def test_prototypes_by_hand():
+    """One image, no grid: the means of the classes' patches, without the image's own mean."""
+    head = PrototypeHead([D], K, grid=0, calibrate=False)
+    features, batch, patches = scene(0)
+    head.observe(features, batch)
+    head.conclude()
+    unit = F.normalize(features.patch_maps[0], dim=1)[0].flatten(1).T  # (N, D)
+    centred = F.normalize(unit - unit.mean(dim=0), dim=1)
+    means = torch.stack([F.normalize(centred[patches.flatten() == k].mean(dim=0), dim=0) for k in range(K)])
+    expected = 20 * centred @ means.T
+    torch.testing.assert_close(head(features)[0].flatten(1).T, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_local_prototypes_come_from_cells_that_belong_to_a_class():
+    head = PrototypeHead([D], K, grid=4, purity=1.0)
+    features, batch, _ = scene(0)
+    batch["mask"][:] = 0
+    batch["mask"][:, : 14 * 4, : 14 * 5] = 1  # a quarter: four of sixteen cells
+    batch["mask"][:, -14:, -14:] = 2  # less than a cell
+    head.observe(features, batch)
+    head.conclude()
+    counts = torch.bincount(head.classes, minlength=K).tolist()
+    assert counts == [1 + 11, 1 + 4, 1]
+
+
+def test_nearest_patches_by_hand():
+    head = PatchKNNHead([D], K, k=7, temperature=0.1)
+    bank, votes = [], []
+    for seed in range(2):
+        features, batch, patches = scene(seed)
+        head.observe(features, batch)
+        bank.append(F.normalize(features.patch_maps[0], dim=1)[0].flatten(1).T)
+        votes.append(F.one_hot(patches.flatten(), K).float())
+    head.conclude()
+    bank, votes = torch.cat(bank), torch.cat(votes)
+    mean = bank.mean(dim=0)
+    bank = F.normalize(bank - mean, dim=1)
+    features, _, _ = scene(7)
+    queries = F.normalize(F.normalize(features.patch_maps[0], dim=1)[0].flatten(1).T - mean, dim=1)
+    for place in range(0, 80, 7):
+        similarity = bank @ queries[place]
+        order = similarity.argsort(descending=True)[:7]
+        expected = (similarity[order] / 0.1).softmax(0) @ votes[order]
+        found = head(features)[0].flatten(1)[:, place].exp()
+        torch.testing.assert_close(found, expected.clamp(min=1e-6), atol=1e-4, rtol=1e-4)
+
+
+def test_faiss_finds_what_torch_finds():
+    pytest.importorskip("faiss")
+    exact, quick = (shown(PatchKNNHead([D], K, k=5, index=index), range(3)) for index in ("torch", "faiss"))
+    features, _, _ = scene(50)
+    torch.testing.assert_close(quick(features), exact(features), atol=1e-4, rtol=1e-4)
+
+
+def test_a_large_bank_is_thinned_out_alike_every_time():
+    first, second = (shown(PatchKNNHead([D], K, max_patches=50), range(3)) for _ in range(2))
+    assert len(first.bank) == 50 and torch.equal(first.bank, second.bank)
+
+
+def test_offsets_maximise_the_dice_of_the_support():
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.randint(0, 2, (400,), generator=generator)
+    scores = torch.stack([torch.zeros(400), 3.0 + truth + 0.8 * torch.randn(400, generator=generator)])
+    offset = best_offsets(scores, F.one_hot(truth, 2).T.float())
+
+    def dice(shift):
+        found = scores[1] + shift > scores[0]
+        return (2 * (found & (truth == 1)).sum() / (found.sum() + truth.sum())).item()
+
+    assert offset[0] == 0
+    ordered = scores[1].sort().values
+    between = (ordered[1:] + ordered[:-1]) / 2  # one threshold in each gap: all that differ
+    assert dice(offset[1]) == pytest.approx(max(dice(-threshold) for threshold in between), abs=1e-6)
+
+
+def test_shares_leave_ignored_pixels_out():
+    features, batch, _ = scene(0)
+    mask = torch.zeros_like(batch["mask"])
+    mask[:, :14, :7], mask[:, :14, 7:14], mask[:, :14, 14:28] = 1, 255, 255
+    shares, labelled = patch_shares(mask, K, features)
+    assert shares[0, :, 0, 0].tolist() == [0, 1, 0] and labelled[0, 0, 0] == 0.5 and labelled[0, 0, 1] == 0
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: PrototypeHead([D], K, purity=0), "purity"),
+        (lambda: PatchKNNHead([D], K, k=0), "head.k"),
+        (lambda: PatchKNNHead([D], K, index="tree"), "faiss"),
+        (lambda: PrototypeHead([D], K).conclude(), "support"),
+        (lambda: PatchKNNHead([D], K).conclude(), "support"),
+        (lambda: PrototypeHead([D], K).observe(scene(0)[0], {}), "multilabel"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(make, words):
+    with pytest.raises(UserError, match=words):
+        make()
+
+
+def test_a_class_that_no_support_shows_is_named():
+    head = PrototypeHead([D], K)
+    features, batch, _ = scene(0)
+    batch["mask"][batch["mask"] == 2] = 0
+    head.observe(features, batch)
+    with pytest.raises(UserError, match="class 2"):
+        head.conclude()
