@@ -93,6 +93,35 @@ def test_every_task_is_trained_measured_and_measured_again_alike(runs, task):
     assert read_json(again / "metrics.json")["metrics"] == found["metrics"]
 
 
+def best_cut(grey):
+    """The grey that parts values with the largest variance between both sides."""
+    cuts = np.unique(grey)[:-1]
+    between = [(grey <= cut).mean() * (grey > cut).mean() * (grey[grey <= cut].mean() - grey[grey > cut].mean()) ** 2
+               for cut in cuts]  # fmt: skip
+    return cuts[int(np.argmax(between))]
+
+
+def test_otsus_threshold_stands_beside_the_head(runs):
+    """Discs are bright in the training images, so bright is a cell: in validation too, each image by its own cut."""
+    run, root = runs("nuclei_medical")
+    found = read_json(run / "metrics.json")
+    beside, dice = found["threshold"], {}
+    for path in (root / "images" / "validation").iterdir():
+        grey = np.array(Image.open(path)).astype(float)
+        label = np.array(Image.open(root / "annotations" / "validation" / path.name)) == 1
+        cell = grey > best_cut(grey)
+        dice[path.stem] = 2 * (cell & label).sum() / (cell.sum() + label.sum())
+    assert beside["ranges"] == ["background", "nucleus"]
+    assert beside["metrics"]["val/dice"] == pytest.approx(np.mean(list(dice.values())))
+    assert beside["spread"]["val/dice"]["cases"] == len(dice) == 2
+    kept = read_json(run / "cases.json")["threshold"]
+    assert {case: row["classes"][0]["dice"] for case, row in kept.items()} == pytest.approx(dice)
+    assert set(beside["metrics"]) == set(found["metrics"]) - {"val/ece"} and beside["metrics"]["val/aji"] > 0.3
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert "By grey alone" in page and "dark to bright: background, nucleus" in page
+    assert read_json(runs("idrid")[0] / "metrics.json")["threshold"] is None  # labels overlap
+
+
 def test_a_predicted_volume_lies_over_its_input_whatever_the_axes_of_the_file(runs, tmp_path):
     """The same head in permuted, flipped and anisotropic files: the same labels at the same places."""
     run, _ = runs("hippocampus")
@@ -238,6 +267,9 @@ def test_all_folds_run_over_one_cache_and_become_one_result(tmp_path, capsys):
     assert found["spread"]["val/dice"]["std"] == pytest.approx(np.std(dice, ddof=1))
     assert found["spread"]["val/dice"]["cases"] == 6 and len(found["folds"]) == 3
     assert len((run / "cases.csv").read_text().splitlines()) == 1 + 6 * 3  # all, and each of two classes
+    assert sorted(read_json(run / "cases.json")["threshold"]) == [f"case_{i:03d}" for i in range(6)]
+    each = [read_json(run / f"fold{k}" / "metrics.json")["threshold"]["metrics"]["val/dice"] for k in range(3)]
+    assert found["threshold"]["metrics"]["val/dice"] == pytest.approx(np.mean(each))  # folds of two cases each
     assert len(list((tmp_path / "cache").iterdir())) == 2  # training and evaluation, for all folds
     folds = read_json(run / "splits_final.json")
     assert [sorted(fold["val"]) for fold in folds] == [sorted(one) for one in kept]

@@ -1,6 +1,7 @@
 """What the data of all families share: the reader of the on-disk format, and what a run decided about its data."""
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -103,3 +104,10 @@ def own_run(cfg: DictConfig) -> str | None:
     if cfg.model and read_card(Path(cfg.model)).task != cfg.task.name:
         return None
     return run
+
+
+def num_measured(cfg: DictConfig, stage: str, num_samples: int) -> int:
+    """Of a split's samples those that the trainer's limit (batches, or a share of them) leaves."""
+    limit, batch_size = cfg.trainer[f"limit_{stage}_batches"], cfg.data.eval_batch_size
+    batches = limit if isinstance(limit, int) else int(limit * math.ceil(num_samples / batch_size))
+    return int(min(num_samples, batches * batch_size))

@@ -1,6 +1,5 @@
 """The depth family: its data and its module."""
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from dense_heads.build.config import plain
-from dense_heads.build.data import Loaded, read_samples, training_steps
+from dense_heads.build.data import Loaded, num_measured, read_samples, training_steps
 from dense_heads.data.blind_depth import blind_depths, read_label
 from dense_heads.data.classes import Classes
 from dense_heads.data.depth import DepthDataset, collate_eval, collate_train
@@ -114,7 +113,7 @@ def blind(cfg: DictConfig, loaded: Loaded, stage: str) -> list[dict[str, Any]]:
     assert isinstance(train, DepthDataset) and isinstance(data, DepthDataset)
     predictions = blind_depths(train, data, **plain(cfg.task.depth_range))
     measures = [metrics.DepthMetrics(**_evaluation(cfg)) for _ in predictions]
-    for index in range(_num_measured(len(data), cfg.data.eval_batch_size, cfg.trainer[f"limit_{stage}_batches"])):
+    for index in range(num_measured(cfg, stage, len(data))):
         label = read_label(data, index)
         for measure, prediction in zip(measures, predictions, strict=True):
             depth_m = prediction.at((label.shape[0], label.shape[1]))
@@ -123,12 +122,6 @@ def blind(cfg: DictConfig, loaded: Loaded, stage: str) -> list[dict[str, Any]]:
         {"name": prediction.name, "metrics": {f"{stage}/{name}": value for name, value in scores.items()}}
         for prediction, scores in zip(predictions, (metrics.scores(m.compute()) for m in measures), strict=True)
     ]
-
-
-def _num_measured(num_images: int, batch_size: int, limit: float) -> int:
-    """Of a split's images those that a limit of the trainer (batches, or a share of them) leaves."""
-    batches = limit if isinstance(limit, int) else int(limit * math.ceil(num_images / batch_size))
-    return min(num_images, batches * batch_size)
 
 
 def _evaluation(cfg: DictConfig) -> dict[str, Any]:

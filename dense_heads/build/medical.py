@@ -9,6 +9,7 @@ from typing import Any
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
+from dense_heads.build import otsu
 from dense_heads.build.config import plain
 from dense_heads.build.data import Loaded
 from dense_heads.build.medical_data import classes, cut, has_volumes, label_rule, load, objects
@@ -65,7 +66,12 @@ def writer(cfg: DictConfig, output: Path, card: Card) -> Writer:
 def conventions(cfg: DictConfig) -> str:
     """How the metrics are counted."""
     how = protocol(cfg)
-    return counted(how.unit, how.tolerance, how.objects is not None)
+    return counted(how.unit, how.tolerance, how.objects is not None) + (otsu.RULE if otsu.applies(how) else "")
+
+
+def threshold(cfg: DictConfig, loaded: Loaded, stage: str) -> dict[str, Any] | None:
+    """What Otsu's thresholds score on the cases that were measured."""
+    return otsu.measured(cfg, loaded, stage, protocol(cfg))
 
 
 def labels(cfg: DictConfig) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from dense_heads.training.base import Candidate, DenseModule
 log = logging.getLogger("dense_heads")
 
 # A family is a module with `load`, `module`, `num_outputs`, `classes`, `labels`, `pictures`, `writer`, `conventions`;
-# where there is something to say without looking at an image, also `blind`.
+# where something can be said without looking at an image, also `blind`; where by grey alone, `threshold`.
 FAMILIES: dict[str, ModuleType] = {
     "segmentation": segmentation,
     "depth": depth,

@@ -155,14 +155,18 @@ class CaseMeter:
             else:
                 yield prediction == index, label == index
 
-    def gather(self) -> None:
-        """Bring the cases of all processes together, and slices of one case from several.
+    def finish(self) -> None:
+        """Measure the cases that are not whole, by the slices that there are.
 
-        A validation cut short (trainer.limit_val_batches) leaves a case without its last slices: the others count.
+        A validation cut short (trainer.limit_val_batches) leaves a case without its last slices.
         """
+        for case in list(self._open):
+            self._close(case, whole=False)
+
+    def gather(self) -> None:
+        """Bring the cases of all processes together, and slices of one case from several."""
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            for case in list(self._open):
-                self._close(case, whole=False)
+            self.finish()
             return
         everyone: list[Any] = [None] * torch.distributed.get_world_size()
         torch.distributed.all_gather_object(everyone, (self.cases, self._open))
@@ -174,8 +178,7 @@ class CaseMeter:
                     self._open[case].add(parts)
                 else:
                     self._open[case] = parts
-        for case in list(self._open):
-            self._close(case, whole=False)
+        self.finish()
 
     def compute(self) -> dict[str, Any]:
         """`cases` (case -> its measurements, over all processes), and what `summary` makes of them."""

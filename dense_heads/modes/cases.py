@@ -14,15 +14,18 @@ from dense_heads.ops.files import write_atomically
 CASES_FILE = "cases.json"
 
 
-def write_cases(folder: Path, found: Mapping[str, Any], class_names: Sequence[str]) -> None:
+def write_cases(
+    folder: Path, found: Mapping[str, Any], class_names: Sequence[str], threshold: Mapping[str, Any]
+) -> None:
     """Write both files.
 
     Args:
         folder: of the run.
         found: `cases` (as measured) and `rows` (case -> its scores, mean over classes), as `metrics/cases.py` has them.
         class_names: of the measured classes, in the order of each case's measurements.
+        threshold: the cases as a threshold of grey segments them; {} where there is none.
     """
-    content = {"classes": list(class_names), "cases": found["cases"]}
+    content = {"classes": list(class_names), "cases": found["cases"], "threshold": threshold}
     write_atomically(folder / CASES_FILE, json.dumps(without_nan(content), indent=1))
     lines: list[dict[str, Any]] = []
     for case, row in found["rows"].items():
@@ -38,7 +41,7 @@ def write_cases(folder: Path, found: Mapping[str, Any], class_names: Sequence[st
 
 
 def read_cases(folder: Path) -> dict[str, Any]:
-    """What `write_cases` kept: `classes` and `cases`.
+    """What `write_cases` kept: `classes`, `cases` and `threshold`.
 
     Raises:
         UserError: it is not there or not readable.
@@ -46,8 +49,11 @@ def read_cases(folder: Path) -> dict[str, Any]:
     path = folder / CASES_FILE
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        cases = {case: _with_nan(measured) for case, measured in content["cases"].items()}
-        return {"classes": list(content["classes"]), "cases": cases}
+        kept = {
+            key: {case: _with_nan(measured) for case, measured in content.get(key, {}).items()}
+            for key in ("cases", "threshold")
+        }
+        return {"classes": list(content["classes"]), **kept}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(
             f"{path}: not readable as the cases of a finished run ({error}). Run the fold again."

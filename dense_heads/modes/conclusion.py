@@ -14,7 +14,7 @@ from dense_heads.errors import UserError
 from dense_heads.models.artefact import HEAD_FILE, trained_head
 from dense_heads.models.card import CARD_FILE, read_card
 from dense_heads.modes.fit import measure
-from dense_heads.modes.outcome import Measured, blind_scores, trained_steps, write_outcome
+from dense_heads.modes.outcome import Measured, trained_steps, untrained, write_outcome
 from dense_heads.modes.search import Search
 from dense_heads.ops.files import write_atomically
 from dense_heads.recompose import keep_overrides, key_of
@@ -71,8 +71,8 @@ def _measure_best(search: Search, best: TrialRow, overrides: list[str], sweep: S
         stage = measure(make_trainer(cfg, folder, parts, []), parts)
         choices = {**HydraConfig.get().runtime.choices, "head": read_card(own).head["name"]}
         steps = trained_steps(own)
-        blind = blind_scores(cfg, parts, stage)
-        measured = Measured(cfg, parts, stage, steps, {"total": seconds}, choices, trials=len(sweep.rows), blind=blind)
+        took, beside = {"total": seconds}, untrained(cfg, parts, stage)
+        measured = Measured(cfg, parts, stage, steps, took, choices, trials=len(sweep.rows), **beside)
         return write_outcome(folder, measured)
 
 

@@ -16,7 +16,7 @@ from dense_heads.models.artefact import trained_head
 from dense_heads.models.card import read_card
 from dense_heads.modes.fit import measure
 from dense_heads.modes.folder import evaluation_folder, run_folder
-from dense_heads.modes.outcome import Measured, blind_scores, trained_steps, write_outcome
+from dense_heads.modes.outcome import Measured, trained_steps, untrained, write_outcome
 from dense_heads.report.html import write_report
 from dense_heads.report.tables import print_tables
 
@@ -41,9 +41,9 @@ def main(cfg: DictConfig) -> float:
     trainer = make_trainer(cfg, folder, parts, [])
     stage = measure(trainer, parts)
     if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
-        blind = blind_scores(cfg, parts, stage)
+        beside = untrained(cfg, parts, stage)
         seconds = {"total": time.monotonic() - started}
-        finals = write_outcome(folder, Measured(cfg, parts, stage, steps, seconds, choices, blind=blind))
+        finals = write_outcome(folder, Measured(cfg, parts, stage, steps, seconds, choices, **beside))
         write_report(folder)
         print_tables(finals)
         log.info("report %s", folder / "report.html")

@@ -27,7 +27,7 @@ from dense_heads.models.artefact import save_artefact
 from dense_heads.models.inference import Inference
 from dense_heads.modes import pretrain
 from dense_heads.modes.folder import run_folder
-from dense_heads.modes.outcome import Measured, blind_scores, write_outcome
+from dense_heads.modes.outcome import Measured, untrained, write_outcome
 from dense_heads.modes.resume import checkpoint_to_resume
 from dense_heads.report.html import write_report
 from dense_heads.report.tables import print_tables
@@ -71,8 +71,8 @@ def run_in(cfg: DictConfig, folder: Path, parts: Parts | None = None, started: f
     baseline = _baseline(cfg, parts.notes)  # after all is saved: its failure costs nothing
     seconds["total"] = time.monotonic() - started
     if first:
-        blind = blind_scores(cfg, parts, stage)
-        finals = write_outcome(folder, dataclasses.replace(measured, baseline=baseline, blind=blind))
+        beside = untrained(cfg, parts, stage)
+        finals = write_outcome(folder, dataclasses.replace(measured, baseline=baseline, **beside))
         write_report(folder)
         finish_loggers(trained.loggers, finals["metrics"])
         print_tables(finals)

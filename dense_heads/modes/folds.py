@@ -9,7 +9,7 @@ from typing import Any
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from dense_heads.build import medical
+from dense_heads.build import medical, otsu
 from dense_heads.build.splits import split_by_patient
 from dense_heads.data.folds import NNUNET_SPLITS
 from dense_heads.errors import UserError
@@ -18,6 +18,7 @@ from dense_heads.metrics.medical import over_cases
 from dense_heads.modes import fit
 from dense_heads.modes.cases import read_cases, without_nan, write_cases
 from dense_heads.modes.folder import keep_run, run_folder
+from dense_heads.modes.outcome import without_cases
 from dense_heads.ops.files import write_atomically
 from dense_heads.report.html import write_report
 from dense_heads.report.tables import print_tables, read_summary
@@ -80,6 +81,7 @@ def _aggregate(cfg: DictConfig, folder: Path, num: int, seconds: float) -> dict[
     cases = {case: measured for one in kept for case, measured in one["cases"].items()}
     protocol = medical.protocol(cfg)
     found = summary(cases, protocol)
+    by_grey = {case: measured for one in kept for case, measured in one["threshold"].items()}
     first, stage = finished[0], "val"
     colours = {row["name"]: row.get("colour") for row in first["per_class"]}
     names = kept[0]["classes"]
@@ -97,6 +99,7 @@ def _aggregate(cfg: DictConfig, folder: Path, num: int, seconds: float) -> dict[
         "primary": primary,
         "folds": each,
         "baseline": None,
+        "threshold": without_cases(otsu.result(by_grey, protocol, stage, None)) if by_grey else None,
         "notes": [
             *(note for note in first["notes"] if not note.startswith(("fold ", "cases: "))),
             f"{num} folds by patient: each of the {len(cases)} cases is measured by the head that was not trained on "
@@ -108,5 +111,5 @@ def _aggregate(cfg: DictConfig, folder: Path, num: int, seconds: float) -> dict[
     }
     content: dict[str, Any] = without_nan(aggregate)
     write_atomically(folder / "metrics.json", json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-    write_cases(folder, {"cases": cases, **found}, names)
+    write_cases(folder, {"cases": cases, **found}, names, by_grey)
     return content

@@ -35,14 +35,18 @@ class Measured:
     choices: Mapping[str, str]  # Hydra's: group -> option
     baseline: dict[str, Any] | None = None
     blind: list[dict[str, Any]] = field(default_factory=list)  # what knows nothing of the images scores
+    threshold: dict[str, Any] | None = None  # what grey alone scores
     trials: int = 1  # of a sweep, of which this is the best on validation
 
 
-def blind_scores(cfg: DictConfig, parts: Parts, stage: str) -> list[dict[str, Any]]:
-    """Names and scores of predictions that do not look at the image; [] in families that have none."""
-    measure = getattr(family_of(cfg), "blind", None)
-    found: list[dict[str, Any]] = measure(cfg, parts.loaded, stage) if measure else []
-    return found
+def untrained(cfg: DictConfig, parts: Parts, stage: str) -> dict[str, Any]:
+    """Arguments of Measured: `blind`, predictions that do not look at the image, and `threshold`, by grey alone.
+
+    Each of them a family measures or not.
+    """
+    family = family_of(cfg)
+    measures = {name: getattr(family, name) for name in ("blind", "threshold") if hasattr(family, name)}
+    return {name: measure(cfg, parts.loaded, stage) for name, measure in measures.items()}
 
 
 def write_outcome(folder: Path, measured: Measured) -> dict[str, Any]:
@@ -50,7 +54,8 @@ def write_outcome(folder: Path, measured: Measured) -> dict[str, Any]:
     found: dict[str, Any] = without_nan(_outcome(measured))
     write_atomically(folder / "metrics.json", (json.dumps(found, indent=2, ensure_ascii=False) + "\n").encode())
     if details := _details(measured):
-        write_cases(folder, details, [row["name"] for row in found["per_class"]])
+        by_grey = measured.threshold["cases"] if measured.threshold else {}
+        write_cases(folder, details, [row["name"] for row in found["per_class"]], by_grey)
     rows = found["candidates"]
     if len(rows) > 1:
         columns = list(dict.fromkeys(key for row in rows for key in row))
@@ -59,6 +64,11 @@ def write_outcome(folder: Path, measured: Measured) -> dict[str, Any]:
             writer.writeheader()
             writer.writerows(rows)
     return found
+
+
+def without_cases(threshold: Mapping[str, Any]) -> dict[str, Any]:
+    """What a threshold scores, for `metrics.json`; the cases stand in a file of their own."""
+    return {key: value for key, value in threshold.items() if key != "cases"}
 
 
 def trained_steps(run: Path) -> int:
@@ -118,6 +128,7 @@ def _outcome(measured: Measured) -> dict[str, Any]:
         "published": published,
         "baseline": measured.baseline,
         "blind": measured.blind,
+        "threshold": None if measured.threshold is None else without_cases(measured.threshold),
         "notes": list(parts.notes),
         "seed": cfg.seed,
         "steps": measured.step,

@@ -96,6 +96,8 @@ def _headline(summary: Summary) -> str:
         cards.append(card(f"Baseline: {escape(baseline.get('name', 'baseline'))}", value, beside, "quiet"))
     if main and main.blind:
         cards.append(_blind_card(summary, main))
+    if main and main.threshold is not None:
+        cards.append(_threshold_card(summary["threshold"], main))
     parts.append(f'<div class="cards">{"".join(cards)}</div>')
     if len(summary["metrics"]) > 1:
         parts.append(f'<div class="scores">{html_scores(summary)}</div>')
@@ -119,6 +121,18 @@ def _blind_card(summary: Summary, main: ScoreRow) -> str:
     return card(
         "Without looking at the image", format_metric(main.name, first[1]), "<br>".join(filter(None, lines)), "quiet"
     )
+
+
+def _threshold_card(threshold: dict[str, Any], main: ScoreRow) -> str:
+    """What a threshold of grey scores, and which class it takes each range for."""
+    ranges = ", ".join(map(str, threshold.get("ranges") or ()))
+    lines = [
+        escape(threshold.get("name") or ""),
+        _distance(main.name, main.value, main.threshold),
+        f"dark to bright: {escape(ranges)}" if ranges else "",
+    ]
+    value = format_metric(main.name, main.threshold)
+    return card("By grey alone", value, "<br>".join(filter(None, lines)), "quiet")
 
 
 def _published_card(summary: Summary) -> str:

@@ -60,6 +60,7 @@ _SCHEMA: dict[str, tuple[type | tuple[type, ...], bool]] = {
     "folds": (list, False),
     "baseline": (dict, False),
     "blind": (list, False),
+    "threshold": (dict, False),
     "notes": (list, False),
     "seconds": (dict, False),
     "versions": (dict, False),
@@ -77,6 +78,7 @@ class ScoreRow:
     comparable: bool
     baseline: float | None
     blind: tuple[float | None, ...]  # of predictions that do not look at the image
+    threshold: float | None  # of grey alone
     primary: bool
 
 
@@ -116,7 +118,8 @@ def read_summary(path: Path) -> Summary:
             raise UserError(f"{path}: `{key}` is {_short(value)}; expected a {expected}. {fix}")
     if not all(isinstance(entry, dict) and "name" in entry for entry in summary.get("blind") or ()):
         raise UserError(f"{path}: `blind` holds an entry without a name; expected name and metrics. {fix}")
-    beside = [entry.get("metrics") for entry in (summary.get("baseline") or {}, *(summary.get("blind") or ()))]
+    others = [summary.get("baseline") or {}, summary.get("threshold") or {}, *(summary.get("blind") or ())]
+    beside = [entry.get("metrics") for entry in others]
     numbers = [
         item for metrics in (summary["metrics"], *beside) if isinstance(metrics, dict) for item in metrics.items()
     ]
@@ -133,6 +136,7 @@ def score_rows(summary: Summary) -> list[ScoreRow]:
     published = summary.get("published") or {}
     baseline = (summary.get("baseline") or {}).get("metrics") or {}
     blind = [entry.get("metrics") or {} for entry in summary.get("blind") or ()]
+    threshold = (summary.get("threshold") or {}).get("metrics") or {}
     primary = summary["primary"]
     rows = []
     of_published = published.get("metric") or primary.rpartition("/")[2]
@@ -145,6 +149,7 @@ def score_rows(summary: Summary) -> list[ScoreRow]:
                 comparable=bool(published.get("comparable")),
                 baseline=_number(baseline.get(name)),
                 blind=tuple(_number(metrics.get(name)) for metrics in blind),
+                threshold=_number(threshold.get(name)),
                 primary=name == primary,
             )
         )
@@ -179,7 +184,7 @@ def _rich_scores(summary: Summary) -> Table:
     with_baseline = any(row.baseline is not None for row in rows)
     if with_baseline:
         table.add_column(Text(_baseline_name(summary)), justify="right")
-    for name in blind_names(summary):
+    for name in _untrained_names(summary):
         table.add_column(Text(name), justify="right")
     if shown:
         table.add_column("published", justify="right")
@@ -187,7 +192,7 @@ def _rich_scores(summary: Summary) -> Table:
         cells = [Text(metric_label(plain(row.name))), Text(format_metric(row.name, row.value))]
         if with_baseline:
             cells.append(Text(format_metric(row.name, row.baseline)))
-        cells += [Text(format_metric(row.name, value)) for value in row.blind]
+        cells += [Text(format_metric(row.name, value)) for value in _untrained(summary, row)]
         if shown:
             remark = "" if row.comparable or not row.published else " (not comparable)"
             cells.append(Text(plain(row.published or "") + remark))
@@ -225,7 +230,7 @@ def html_scores(summary: Summary) -> str:
     head = ["<th>metric</th>", '<th class="n">this run</th>']
     if with_baseline:
         head.append(f'<th class="n">{escape(_baseline_name(summary))}</th>')
-    head += [f'<th class="n">{escape(name)}</th>' for name in blind_names(summary)]
+    head += [f'<th class="n">{escape(name)}</th>' for name in _untrained_names(summary)]
     if with_published:
         head.append('<th class="n">published</th>')
     body = []
@@ -236,7 +241,7 @@ def html_scores(summary: Summary) -> str:
         ]
         if with_baseline:
             cells.append(f'<td class="n">{format_metric(row.name, row.baseline)}</td>')
-        cells += [f'<td class="n">{format_metric(row.name, value)}</td>' for value in row.blind]
+        cells += [f'<td class="n">{format_metric(row.name, value)}</td>' for value in _untrained(summary, row)]
         if with_published:
             remark = "" if row.comparable or not row.published else '<span class="faint"> not comparable</span>'
             cells.append(f'<td class="n">{escape(row.published or "")}{remark}</td>')
@@ -305,6 +310,17 @@ def escape(text: object) -> str:
 def blind_names(summary: Summary) -> list[str]:
     """What the predictions that do not look at the image are called, in the order of `ScoreRow.blind`."""
     return [plain(entry["name"]) for entry in summary.get("blind") or ()]
+
+
+def _untrained_names(summary: Summary) -> list[str]:
+    """Headings of the columns of what was not trained."""
+    threshold = summary.get("threshold")
+    return [*blind_names(summary), *([plain(threshold.get("name") or "threshold")] if threshold else [])]
+
+
+def _untrained(summary: Summary, row: ScoreRow) -> list[float | None]:
+    """The values of a row in these columns."""
+    return [*row.blind, *([row.threshold] if summary.get("threshold") else [])]
 
 
 def _baseline_name(summary: Summary) -> str:
