@@ -211,6 +211,17 @@ def test_heads_without_training_look_at_their_support(tmp_path, head):
     assert main([*typed, "support=[nobody]", f"run_dir={tmp_path / 'x'}"]) == 2
 
 
+def test_cells_without_training_are_told_apart_by_components(tmp_path, capsys):
+    run = tmp_path / "run"
+    typed = ["task=nuclei_medical", *TINY, *SMALL, *AS_IT_IS, "head=prototype", "support=2", f"run_dir={run}"]
+    typed.append(f"data.root={make_cells(tmp_path / 'data')}")
+    assert main(typed) == 2
+    assert "task.instances.method=components" in capsys.readouterr().err
+    assert main([*typed, "task.instances.method=components"]) == 0
+    found = read_json(run / "metrics.json")
+    assert "val/aji" in found["metrics"] and found["threshold"]["ranges"] == ["background", "nucleus"]
+
+
 def spoilt(root, how):
     """A data set in which something is wrong; the file that must be named."""
     image, label = root / "imagesTr" / "case_001.nii.gz", root / "labelsTr" / "case_001.nii.gz"

@@ -13,6 +13,8 @@ from dense_heads.build import otsu
 from dense_heads.build.config import plain
 from dense_heads.build.data import Loaded
 from dense_heads.build.medical_data import classes, cut, has_volumes, label_rule, load, objects
+from dense_heads.errors import UserError
+from dense_heads.heads.training_free import TrainingFreeHead
 from dense_heads.metrics.cases import Protocol
 from dense_heads.metrics.medical import conventions as counted
 from dense_heads.models.card import Card
@@ -29,7 +31,18 @@ __all__ = ["classes", "load"]  # of the family's functions these two stand in `m
 
 
 def module(cfg: DictConfig, loaded: Loaded, frozen: FrozenBackbone, candidates: Sequence[Candidate]) -> MedicalModule:
-    """The LightningModule."""
+    """The LightningModule.
+
+    Raises:
+        UserError: heads without training and a watershed, whose borders no label on disk shows them.
+    """
+    separate = objects(cfg)
+    free = any(isinstance(candidate.head, TrainingFreeHead) for candidate in candidates)
+    if free and separate is not None and separate.num_outputs == 3:
+        raise UserError(
+            "A head without training learns no borders, which task.instances.method=watershed needs. Set "
+            "task.instances.method=components."
+        )
     return MedicalModule(
         frozen,
         candidates,

@@ -122,7 +122,7 @@ def _groups(cfg: DictConfig, train: Any) -> list[list[int]] | None:
         raise UserError(
             f"task.data.foreground={share}; expected a share between 0 and 1, or null for samples as they are."
         )
-    flags = train.foreground()
+    flags = [bool(classes) for classes in train.shown()]
     return [[1] if flag else [] for flag in flags] if 0 < sum(flags) < len(flags) else None
 
 

@@ -41,8 +41,8 @@ def refuse_unused_support(cfg: DictConfig) -> None:
 def chosen_support(cfg: DictConfig, dataset: Any, heads: Sequence[Head]) -> list[int]:
     """Indices of the support in the data set of training images.
 
-    `support=N` draws N by the run's seed, of images with foreground where that is known; a list names images (or whole
-    cases); nothing takes what the heads ask for by themselves.
+    `support=N` draws N by the run's seed; where it is known what images show, such that they show all classes together
+    as far as possible. A list names images (or whole cases); nothing takes what the heads ask for by themselves.
 
     Raises:
         UserError: another form, more than there are, or a name that is not there.
@@ -55,15 +55,26 @@ def chosen_support(cfg: DictConfig, dataset: Any, heads: Sequence[Head]) -> list
     if wanted is None:
         return list(range(len(samples)))
     if isinstance(wanted, int) and not isinstance(wanted, bool):
-        foreground = getattr(dataset, "foreground", None)
-        able = list(range(len(samples))) if foreground is None else np.flatnonzero(foreground()).tolist()
         if not 1 <= wanted:
             raise UserError(f"support={wanted}; expected a number of images from 1 on, or a list of their names.")
         rng = np.random.default_rng(stable_seed("support", cfg.seed))
-        return sorted(rng.permutation(able)[:wanted].tolist())
+        shown = dataset.shown()
+        able = [index for index in range(len(samples)) if shown is None or shown[index]]
+        order = rng.permutation(able).tolist()
+        return sorted(order[:wanted] if shown is None else _showing_all(order, shown, wanted))
     if not isinstance(wanted, list) or not wanted:
         raise UserError(f"support={wanted!r}; expected a number of images, or a list of their names: support=[ID,ID].")
     return [index for name in wanted for index in _named(str(name), samples)]
+
+
+def _showing_all(order: Sequence[int], shown: Sequence[set[int]], num: int) -> list[int]:
+    """So many images: first those that show most of what is missing, then the rest as they come."""
+    missing, chosen = set().union(*(shown[index] for index in order)), list[int]()
+    while missing and len(chosen) < num:
+        chosen.append(max(order, key=lambda index: len(shown[index] & missing)))  # of equals the first
+        missing -= shown[chosen[-1]]
+    rest = [index for index in order if index not in chosen]
+    return [*chosen, *rest[: num - len(chosen)]]
 
 
 def _named(name: str, samples: Sequence[Any]) -> list[int]:

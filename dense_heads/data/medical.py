@@ -97,13 +97,10 @@ class ImageDataset(segmentation.SegmentationDataset):
         """An image as it is on disk, (H, W, 3)."""
         return read_image(self.samples[index].image)
 
-    def foreground(self) -> list[bool]:
-        """For each image, whether its label holds anything but background."""
-        found = []
-        for sample in self.samples:
-            mask = self.read(sample)[1]
-            found.append(mask is not None and bool(((mask > 0) & (mask < IGNORE_INDEX)).any()))
-        return found
+    def shown(self) -> list[set[int]]:
+        """For each image the classes of its label but the background; of several labels those that it has."""
+        masks = (self.read(sample)[1] for sample in self.samples)
+        return [set() if mask is None else classes_of(mask) for mask in masks]
 
     def __getitem__(self, key: segmentation.Key) -> Any:
         item: Any = super().__getitem__(key)
@@ -131,6 +128,13 @@ class ImageDataset(segmentation.SegmentationDataset):
         if self.field_of_view is not None:
             return bright_field(image, self.field_of_view)
         return np.ones(image.shape[:2], dtype=bool)
+
+
+def classes_of(mask: Array) -> set[int]:
+    """The classes of a label (H, W) but the background, or which of several labels (H, W, K) there are."""
+    if mask.ndim == 3:
+        return set(np.flatnonzero((mask == 1).any(axis=(0, 1))).tolist())
+    return set(np.unique(mask).tolist()) - {0, IGNORE_INDEX}
 
 
 def read_instances(sample: MedicalSample) -> Array:

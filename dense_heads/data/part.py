@@ -37,10 +37,12 @@ class Part(Dataset[Any]):
         """A sample as a person sees it."""
         return self.whole.picture(self.indices[index])
 
-    def foreground(self) -> list[bool]:
-        """For each sample, whether its label holds anything but background."""
-        flags = self.whole.foreground()
-        return [flags[index] for index in self.indices]
+    def shown(self) -> list[set[int]] | None:
+        """For each sample the classes of its label but the background; None where the whole does not tell."""
+        if not hasattr(self.whole, "shown"):
+            return None
+        classes = self.whole.shown()
+        return [classes[index] for index in self.indices]
 
     def part(self, indices: Sequence[int]) -> "Part":
         """A part of this part."""

@@ -15,7 +15,7 @@ from dense_heads.data.datasets.volumes import VolumeCase
 from dense_heads.data.images import UInt8
 from dense_heads.data.intensity import Intensity
 from dense_heads.data.labels import LabelRule
-from dense_heads.data.medical import CaseItem
+from dense_heads.data.medical import CaseItem, classes_of
 from dense_heads.data.segmentation import SegmentationDataset
 from dense_heads.data.transforms import EvalTransform, TrainPipeline
 from dense_heads.data.volumes import (
@@ -186,14 +186,10 @@ class SliceDataset(SegmentationDataset):
         grey = (255 * self.store.stack(sample.case).grey[0, sample.index]).round().astype(np.uint8)
         return np.repeat(grey[..., None], 3, axis=2)
 
-    def foreground(self) -> list[bool]:
-        """For each slice, whether its label holds anything but background."""
-        assert all(isinstance(sample, Slice) for sample in self.samples)
-        return [bool(self._has_foreground(sample)) for sample in self.samples]
-
-    def _has_foreground(self, sample: Any) -> bool:
-        plane = self.store.label(sample.case)[sample.index]
-        return bool(((plane > 0) & (plane < 255)).any())
+    def shown(self) -> list[set[int]]:
+        """For each slice the classes of its label but the background."""
+        slices = (sample for sample in self.samples if isinstance(sample, Slice))
+        return [classes_of(self.store.label(one.case)[one.index]) for one in slices]
 
 
 def _place(sample: Slice) -> CaseItem:
