@@ -1,5 +1,6 @@
 """A model that measures depth."""
 
+import functools
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -8,7 +9,8 @@ from dense_heads.data.depth_transforms import DepthEvalTransform
 from dense_heads.heads.base import Head
 from dense_heads.models.dense import DenseModel, FrozenBackbone
 from dense_heads.models.inference import Inference, infer
-from dense_heads.structures import Levels, Size, View
+from dense_heads.models.looks import mean
+from dense_heads.structures import Size, View
 
 
 def depth_maps(
@@ -22,11 +24,7 @@ def depth_maps(
 
     Flips are averaged as depths, windows before they are resized.
     """
-
-    def predict(seen: Tensor | Levels) -> list[Tensor]:
-        return [depth.float() for depth in backbone.predict_all(seen, heads)]
-
-    depths = infer(predict, views, sizes, how, activate=lambda depth: depth)
+    depths = infer(functools.partial(backbone.maps, heads=heads), views, sizes, how, mean)
     return [[image[0] for image in images] for images in depths]
 
 

@@ -1,18 +1,19 @@
 """Whole-image, sliding-window and test-time-augmented inference over images of any sizes."""
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from dense_heads.errors import UserError
-from dense_heads.ops.resize import resize
-from dense_heads.ops.windows import Box, WindowAverage, window_boxes
+from dense_heads.models.looks import Look, Window
+from dense_heads.ops.pad import Placement
+from dense_heads.ops.windows import Box, window_boxes
 from dense_heads.structures import Levels, SeenView, Size, View
 
-Predict = Callable[[Tensor | Levels], list[Tensor]]
+Predict = Callable[[Tensor | Levels], tuple[list[Tensor], Placement]]
 
 
 @dataclass(frozen=True)
@@ -76,86 +77,86 @@ def infer(
     views: Sequence[Sequence[View]],
     sizes: Sequence[Size],
     settings: Inference,
-    activate: Callable[[Tensor], Tensor],
+    finish: Callable[[Sequence[Look]], Tensor],
 ) -> list[list[Tensor]]:
     """Predict every image, for every candidate head at once.
 
     In mmseg 0.27's order, which DINOv2's published numbers were measured in: windows of a view -> logits averaged by
-    count -> resized to the image's own size -> activated -> un-flipped -> mean over views and flips. Windows of equal
-    size share a batch, whichever image, view or flip they come from; nothing is padded to anything else's size.
+    count -> resized to the image's own size -> softmax (none for depth) -> un-flipped -> mean over views and flips.
+    Windows of equal size share a batch, whichever image, view or flip they come from; nothing is padded to anything
+    else's size.
 
-    Only views that are being worked on hold a map at their own size; what stays is one (K, H, W) for each image.
+    What is kept of a window is the head's map at its own resolution, until its image is complete.
 
     Args:
-        predict: normalised crops (b, C, h, w) of equal size, or their features -> for each candidate (b, K, h, w), at
-            the crops' pixels.
+        predict: normalised crops (b, C, h, w) of equal size, or their features -> for each candidate its map
+            (b, K, h', w') at whatever resolution, and how such a map lies on the crops' pixels.
         views: for each image its test scales, each (C, h, w) normalised or already seen by the backbone; one where
             there is no multi-scale testing.
         sizes: for each image the (height, width) of the result, usually the label's.
         settings: windows, flip, batch.
-        activate: (K, H, W) logits -> what is averaged over views: softmax over the first dimension for segmentation,
-            the identity for depth.
+        finish: what becomes of all looks at an image: `most_probable` or `mean` of `models/looks.py`.
 
     Returns:
-        `result[candidate][image]`, (K, H, W) at that image's size, float32 at least.
+        `result[candidate][image]`: what `finish` gives.
     """
     assert len(views) == len(sizes) and all(views), "every image needs a size and at least one view"
-    results: list[list[Tensor | None]] = []  # candidate x image: sum over views and flips
-    num_looks = [len(image_views) * (2 if settings.flip else 1) for image_views in views]
-
-    def finish(look: _Look) -> None:
-        for sums, average in zip(results, look.averages, strict=True):
-            scored = activate(resize(average.mean()[None], sizes[look.image])[0])
-            scored = scored.flip(-1) if look.flip else scored
-            before = sums[look.image]
-            sums[look.image] = scored if before is None else before + scored
-        look.averages.clear()  # the view's own map is not needed any more
+    glances = [[glance for view in image_views for glance in _glances(view, settings)] for image_views in views]
+    missing = [sum(len(glance.boxes) for glance in of_image) for of_image in glances]
+    results: list[list[Tensor | None]] = []  # candidate x image
 
     def forward(group: list[_Window]) -> None:
-        maps = predict(together([window.content() for window in group]))
+        maps, placement = predict(together([window.content() for window in group]))
         if not results:
             results.extend([None] * len(views) for _ in maps)
         assert len(maps) == len(results), f"{len(maps)} candidates, {len(results)} before"
         for index, window in enumerate(group):
-            if window.look.add(window.box, [candidate[index] for candidate in maps]):
-                finish(window.look)
+            window.glance.add([Window(window.box, candidate[index], placement) for candidate in maps])
+            missing[window.image] -= 1
+            if missing[window.image] == 0:
+                for candidate, of_candidate in enumerate(results):
+                    looks = [glance.look(candidate, sizes[window.image]) for glance in glances[window.image]]
+                    of_candidate[window.image] = finish(looks)
+                glances[window.image] = []  # its maps are not needed any more
 
     # A group goes as soon as it is full, so windows wait only for others of their own size.
     waiting: dict[tuple[int, ...], list[_Window]] = defaultdict(list)
-    for window in _windows(views, settings):
-        group = waiting[window.shape]
-        group.append(window)
-        if len(group) == settings.window_batch:
-            forward(waiting.pop(window.shape))
+    for image, of_image in enumerate(glances):
+        for window in _windows(image, of_image):
+            group = waiting[window.shape]
+            group.append(window)
+            if len(group) == settings.window_batch:
+                forward(waiting.pop(window.shape))
     for group in waiting.values():
         forward(group)
 
-    return [[_divided(total, num) for total, num in zip(sums, num_looks, strict=True)] for sums in results]
+    return [[_finished(result) for result in of_candidate] for of_candidate in results]
 
 
-class _Look:
-    """One view of one image, straight or flipped, and what has been predicted of it."""
+@dataclass
+class _Glance:
+    """One view, straight or mirrored, and what the candidates have said of its windows so far."""
 
-    def __init__(self, image: int, view: View, flip: bool, num_windows: int) -> None:
-        self.image, self.view, self.flip, self.missing = image, view, flip, num_windows
-        self.size = view_size(view)
-        self.averages: list[WindowAverage] = []  # one for each candidate, made with the first prediction
+    view: View
+    flip: bool
+    boxes: list[tuple[int, Box]]  # number among the windows of the view, and place
+    said: list[list[Window]] = field(default_factory=list)  # window x candidate
 
-    def add(self, box: Box, maps: list[Tensor]) -> bool:
-        """Add a window's map of each candidate; True when it was the last window."""
-        if not self.averages:
-            self.averages = [WindowAverage(self.size) for _ in maps]
-        for average, map in zip(self.averages, maps, strict=True):
-            average.add(box, map)
-        self.missing -= 1
-        return self.missing == 0
+    def add(self, said: list[Window]) -> None:
+        """The next window, which is of the same size as all others and so comes in order."""
+        self.said.append(said)
+
+    def look(self, candidate: int, size: Size) -> Look:
+        """What one candidate says."""
+        return Look(view_size(self.view), self.flip, size, [said[candidate] for said in self.said])
 
 
 @dataclass(frozen=True)
 class _Window:
     """A window that waits for its forward pass; it holds no pixels of its own until then."""
 
-    look: _Look
+    image: int
+    glance: _Glance
     box: Box
     index: int  # among the windows of its view, flipped ones after the others
 
@@ -166,8 +167,8 @@ class _Window:
 
     def content(self) -> Tensor | Levels:
         """The window's pixels (C, h, w), or its features."""
-        view = self.look.view
-        return view.windows[self.index] if isinstance(view, SeenView) else crop(view, self.box, self.look.flip)
+        view = self.glance.view
+        return view.windows[self.index] if isinstance(view, SeenView) else crop(view, self.box, self.glance.flip)
 
 
 def view_size(view: View) -> Size:
@@ -184,14 +185,17 @@ def crop(view: Tensor, box: Box, flip: bool) -> Tensor:
     return view[:, top:bottom, width - right : width - left].flip(-1)
 
 
-def _windows(views: Sequence[Sequence[View]], settings: Inference) -> Iterator[_Window]:
-    """Every window of every view of every image, image by image."""
-    for image, image_views in enumerate(views):
-        for view in image_views:
-            windows = settings.windows(view_size(view))
-            nums = Counter(flip for _, flip in windows)
-            looks = {flip: _Look(image, view, flip, num) for flip, num in nums.items()}
-            yield from (_Window(looks[flip], box, index) for index, (box, flip) in enumerate(windows))
+def _glances(view: View, settings: Inference) -> list[_Glance]:
+    """A view straight and, where asked for, mirrored."""
+    windows = list(enumerate(settings.windows(view_size(view))))
+    flips = (False, True) if settings.flip else (False,)
+    return [_Glance(view, flip, [(index, box) for index, (box, own) in windows if own == flip]) for flip in flips]
+
+
+def _windows(image: int, glances: Sequence[_Glance]) -> Iterator[_Window]:
+    """Every window of an image, in the order in which it is looked at."""
+    for glance in glances:
+        yield from (_Window(image, glance, box, index) for index, box in glance.boxes)
 
 
 def together(contents: Sequence[Tensor | Levels]) -> Tensor | Levels:
@@ -203,9 +207,9 @@ def together(contents: Sequence[Tensor | Levels]) -> Tensor | Levels:
     return Levels.cat([content for content in contents if isinstance(content, Levels)])
 
 
-def _divided(total: Tensor | None, num: int) -> Tensor:
-    assert total is not None, "an image was never finished"
-    return total / num if num > 1 else total
+def _finished(result: Tensor | None) -> Tensor:
+    assert result is not None, "an image was never finished"
+    return result
 
 
 def _positive(value: object) -> bool:

@@ -1,5 +1,6 @@
 """A model that segments medical images and volumes."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,10 +20,11 @@ from dense_heads.heads.base import Head
 from dense_heads.models.card import Card
 from dense_heads.models.dense import DenseModel, FrozenBackbone
 from dense_heads.models.inference import Inference, infer
+from dense_heads.models.looks import mean
 from dense_heads.ops.guided import guided
 from dense_heads.ops.instances import Objects, largest_only
 from dense_heads.ops.resize import resize
-from dense_heads.structures import Levels, Size, View
+from dense_heads.structures import Size, View
 
 SLICES_AT_ONCE = 8
 
@@ -98,13 +100,11 @@ def probability_maps(
     They sum to 1 over the classes; with `multilabel` each label has its own.
     """
 
-    def predict(seen: Tensor | Levels) -> list[Tensor]:
-        return [logits.float() for logits in backbone.predict_all(seen, heads)]
-
     def activate(logits: Tensor) -> Tensor:
         return logits.sigmoid() if multilabel else logits.softmax(dim=-3)
 
-    found = infer(predict, views, sizes, how, activate)
+    finish = functools.partial(mean, activate=activate)
+    found = infer(functools.partial(backbone.maps, heads=heads), views, sizes, how, finish)
     return found if refine is None else [refine.maps(maps, views, multilabel) for maps in found]
 
 

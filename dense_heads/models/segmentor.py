@@ -1,5 +1,6 @@
 """A model that labels every pixel."""
 
+import functools
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -7,7 +8,8 @@ from torch import Tensor
 from dense_heads.heads.base import Head
 from dense_heads.models.dense import DenseModel, FrozenBackbone
 from dense_heads.models.inference import Inference, infer
-from dense_heads.structures import Levels, Size, View
+from dense_heads.models.looks import most_probable
+from dense_heads.structures import Size, View
 
 
 def label_maps(
@@ -18,12 +20,7 @@ def label_maps(
     how: Inference,
 ) -> list[list[Tensor]]:
     """For each head and image the most probable class of each pixel, (H, W) int64 at the image's size in `sizes`."""
-
-    def predict(seen: Tensor | Levels) -> list[Tensor]:
-        return [logits.float() for logits in backbone.predict_all(seen, heads)]
-
-    probabilities = infer(predict, views, sizes, how, activate=lambda logits: logits.softmax(dim=-3))
-    return [[image.argmax(dim=0) for image in images] for images in probabilities]
+    return infer(functools.partial(backbone.maps, heads=heads), views, sizes, how, most_probable)
 
 
 class Segmentor(DenseModel):

@@ -18,19 +18,21 @@ def map_in_threads(function: Callable[[Item], Result], items: Iterable[Item], de
 
     PyTorch splits every single operation among its threads and waits for the last one: for thousands of operations on
     data as small as a cache that costs more than the work, and a hundred times more on a machine that others use too.
-    Here a thread takes a whole piece. The result does not depend on the number of threads.
+    Here a thread takes a whole piece, and the result does not depend on the number of threads. One piece alone is
+    computed by the caller with all of its threads. `function` must not call this function.
     """
     items = list(items)
     with torch.no_grad():
-        if device.type != "cpu":
+        if device.type != "cpu" or len(items) == 1:
             return [function(item) for item in items]
         num_threads = torch.get_num_threads()
         pool = _pool(num_threads, os.getpid())
-        return list(pool.map(functools.partial(_without_gradients, function), items))
+        inference = torch.is_inference_mode_enabled()
+        return list(pool.map(functools.partial(_without_gradients, function, inference), items))
 
 
-def _without_gradients(function: Callable[[Item], Result], item: Item) -> Result:
-    with torch.no_grad():  # every thread has its own mode
+def _without_gradients(function: Callable[[Item], Result], inference: bool, item: Item) -> Result:
+    with torch.inference_mode(inference), torch.no_grad():  # every thread has modes of its own
         return function(item)
 
 

@@ -1,5 +1,7 @@
 """Sliding windows: where they stand, and how their maps become one."""
 
+from collections.abc import Iterable, Sequence
+
 import torch
 from torch import Tensor
 
@@ -24,34 +26,36 @@ def window_boxes(size: Size, window: int, stride: int) -> list[Box]:
     return [(top, left, bottom, right) for top, bottom in rows for left, right in columns]
 
 
-class WindowAverage:
-    """The mean over overlapping windows of one image, each pixel divided by the number of windows that cover it.
+def cover(size: Size, boxes: Sequence[Box], device: torch.device) -> Tensor:
+    """How many windows cover each pixel, (*size) float32; all pixels must be covered."""
+    count = torch.zeros(size, device=device)
+    for top, left, bottom, right in boxes:
+        count[top:bottom, left:right] += 1
+    assert bool((count > 0).all()), "the windows do not cover the image"
+    return count
+
+
+def average(placed: Iterable[tuple[Box, Tensor]], count: Tensor) -> Tensor:
+    """The mean of overlapping windows, each pixel divided by the number of windows that cover it.
 
     Sums are kept in float32 at least: a sum of many bfloat16 logits would lose its last digits.
+
+    Args:
+        placed: windows and their maps (K, bottom - top, right - left), one after the other.
+        count: what `cover` gives for them.
+
+    Returns:
+        (K, *size).
     """
-
-    def __init__(self, size: Size) -> None:
-        """`size`: (height, width) of the image in pixels."""
-        self.size = size
-        self.total: Tensor | None = None  # (K, H, W), made when K, dtype and device are known
-        self.count: Tensor | None = None  # (H, W)
-
-    def add(self, box: Box, map: Tensor) -> None:
-        """Add a window's map (K, bottom - top, right - left)."""
-        top, left, bottom, right = box
-        assert map.shape[-2:] == (bottom - top, right - left), f"map {tuple(map.shape)} for window {box}"
-        if self.total is None or self.count is None:
+    total: Tensor | None = None
+    for (top, left, bottom, right), map in placed:
+        assert map.shape[-2:] == (bottom - top, right - left), f"{tuple(map.shape)} for {(top, left, bottom, right)}"
+        if total is None:
             dtype = torch.promote_types(map.dtype, torch.float32)
-            self.total = torch.zeros((map.shape[0], *self.size), dtype=dtype, device=map.device)
-            self.count = torch.zeros(self.size, dtype=dtype, device=map.device)
-        self.total[:, top:bottom, left:right] += map
-        self.count[top:bottom, left:right] += 1
-
-    def mean(self) -> Tensor:
-        """(K, H, W); the windows added so far must cover the image. The sum's memory is used: call it once."""
-        assert self.total is not None and self.count is not None, "no window was added"
-        assert bool((self.count > 0).all()), "the windows do not cover the image"
-        return self.total.div_(self.count)
+            total = torch.zeros((len(map), *count.shape), dtype=dtype, device=map.device)
+        total[:, top:bottom, left:right] += map
+    assert total is not None, "no window"
+    return total.div_(count)
 
 
 def _spans(length: int, window: int, stride: int) -> list[tuple[int, int]]:

@@ -1,3 +1,4 @@
+import functools
 import weakref
 
 import pytest
@@ -7,7 +8,8 @@ import torch.nn.functional as F
 from dense_heads.errors import UserError
 from dense_heads.models import inference
 from dense_heads.models.inference import Inference, infer
-from dense_heads.ops.windows import WindowAverage
+from dense_heads.models.looks import Window, mean
+from dense_heads.ops.pad import Placement
 
 NUM_CLASSES = 4
 
@@ -33,6 +35,14 @@ class StandIn:
 
 def softmax(logits: torch.Tensor) -> torch.Tensor:
     return logits.softmax(dim=0)
+
+
+probabilities = functools.partial(mean, activate=softmax)
+
+
+def at_pixels(predict):
+    """What `infer` calls, from a model that answers at its crops' own pixels."""
+    return lambda crops: (predict(crops), Placement((crops.shape[-2], crops.shape[-1])))
 
 
 def images(*sizes: tuple[int, int]) -> list[torch.Tensor]:
@@ -84,7 +94,7 @@ def test_windows_equal_a_plain_loop(flip, window_batch, resolution):
     seen = images(*SIZES)
     sizes = [(55, 40), (20, 83), (23, 35), (47, 61), (100, 90)]
     settings = Inference(window=24, stride=17, flip=flip, window_batch=window_batch)
-    result = infer(predict, [[image] for image in seen], sizes, settings, softmax)
+    result = infer(at_pixels(predict), [[image] for image in seen], sizes, settings, probabilities)
     assert max(shape[0] for shape in predict.batches) == (
         1 if window_batch == 1 else min(window_batch, max_group(flip))
     )
@@ -110,7 +120,7 @@ def test_ten_view_test_time_augmentation_equals_a_plain_loop():
         for base in bases
     ]
     sizes = [(37, 52), (33, 41), (26, 50)]
-    result = infer(predict, views, sizes, Inference(window=32, stride=16, flip=True), softmax)
+    result = infer(at_pixels(predict), views, sizes, Inference(window=32, stride=16, flip=True), probabilities)
     for index, size in enumerate(sizes):
         expected = plain_loop(predict, views[index], size, 32, 16, True, softmax)
         for candidate in range(2):
@@ -124,8 +134,8 @@ def test_an_image_no_larger_than_the_window_equals_the_whole_image_exactly(size)
     predict = StandIn(resolution=4)
     (image,) = images(size)
     image = image.float()
-    windows = infer(predict, [[image]], [(31, 29)], Inference(window=24, stride=7), softmax)
-    whole = infer(predict, [[image]], [(31, 29)], Inference(), softmax)
+    windows = infer(at_pixels(predict), [[image]], [(31, 29)], Inference(window=24, stride=7), probabilities)
+    whole = infer(at_pixels(predict), [[image]], [(31, 29)], Inference(), probabilities)
     by_hand = [F.interpolate(map, size=(31, 29), mode="bilinear")[0].softmax(dim=0) for map in predict(image[None])]
     for candidate in range(2):
         assert torch.equal(windows[candidate][0], whole[candidate][0])
@@ -134,7 +144,13 @@ def test_an_image_no_larger_than_the_window_equals_the_whole_image_exactly(size)
 
 def test_whole_images_of_equal_size_share_a_batch_and_others_are_not_padded():
     predict = StandIn()
-    infer(predict, [[image] for image in images((8, 9), (8, 9), (9, 8), (8, 9))], [(8, 9)] * 4, Inference(), softmax)
+    infer(
+        at_pixels(predict),
+        [[image] for image in images((8, 9), (8, 9), (9, 8), (8, 9))],
+        [(8, 9)] * 4,
+        Inference(),
+        probabilities,
+    )
     assert sorted(predict.batches) == [(1, 3, 9, 8), (3, 3, 8, 9)]
 
 
@@ -148,15 +164,15 @@ def test_one_pixel_lines_come_back_unchanged():
         return [crops[:, :2] * torch.tensor([-5.0, 5.0]).view(1, 2, 1, 1)]
 
     settings = Inference(window=32, stride=19, flip=True)
-    ((probabilities,),) = infer(predict, [[image]], [(50, 70)], settings, softmax)
-    assert torch.equal(probabilities.argmax(dim=0).float(), label)
+    ((found,),) = infer(at_pixels(predict), [[image]], [(50, 70)], settings, probabilities)
+    assert torch.equal(found.argmax(dim=0).float(), label)
 
 
 def test_identity_averages_values_for_depth():
     def predict(crops):
         return [crops[:, :1] + torch.arange(crops.shape[-1])]  # mirrored, the ramp runs the other way
 
-    ((depth,),) = infer(predict, [[torch.zeros(3, 4, 6)]], [(4, 6)], Inference(flip=True), lambda x: x)
+    ((depth,),) = infer(at_pixels(predict), [[torch.zeros(3, 4, 6)]], [(4, 6)], Inference(flip=True), mean)
     assert torch.equal(depth, torch.full((1, 4, 6), 2.5))
 
 
@@ -164,34 +180,38 @@ def test_half_precision_predictions_are_averaged_in_float32():
     def predict(crops):
         return [crops[:, :2].to(torch.bfloat16)]
 
-    ((probabilities,),) = infer(predict, [[torch.randn(3, 9, 9)]], [(20, 20)], Inference(window=6, stride=4), softmax)
-    assert probabilities.dtype == torch.float32
-    assert (probabilities.sum(dim=0) - 1).abs().max() < 1e-6
+    ((found,),) = infer(
+        at_pixels(predict), [[torch.randn(3, 9, 9)]], [(20, 20)], Inference(window=6, stride=4), probabilities
+    )
+    assert found.dtype == torch.float32
+    assert (found.sum(dim=0) - 1).abs().max() < 1e-6
 
 
-def test_maps_of_finished_views_are_let_go(monkeypatch):
-    """Many images share batches, but their own maps must not pile up."""
-    alive: weakref.WeakSet[WindowAverage] = weakref.WeakSet()
-    num_alive, num_made = [], 0
+def test_maps_of_finished_images_are_let_go(monkeypatch):
+    """Many images share batches, but their maps must not pile up."""
+    alive, num_made, num_alive = set(), 0, []
 
-    class Counted(WindowAverage):
-        def __init__(self, size):
+    class Counted(Window):
+        def __init__(self, *args):
             nonlocal num_made
-            super().__init__(size)
-            alive.add(self)
+            super().__init__(*args)
+            number = num_made
             num_made += 1
+            alive.add(number)
+            weakref.finalize(self, alive.discard, number)
             num_alive.append(len(alive))
 
-    monkeypatch.setattr(inference, "WindowAverage", Counted)
+    monkeypatch.setattr(inference, "Window", Counted)
     views = [[image] for image in images(*[(40, 40)] * 12)]
-    infer(StandIn(), views, [(5, 5)] * 12, Inference(window=24, stride=16, window_batch=3), softmax)  # 4 windows each
-    assert num_made == 12 * 2
-    assert max(num_alive) == 2  # one image's, for two candidates
-    assert len(alive) == 0
+    settings = Inference(window=24, stride=16, window_batch=3)  # 4 windows each
+    infer(at_pixels(StandIn()), views, [(5, 5)] * 12, settings, probabilities)
+    assert num_made == 12 * 4 * 2
+    assert max(num_alive) <= 2 * (4 + 3)  # one image's for two candidates, and those of a batch
+    assert not alive
 
 
 def test_no_images_no_results():
-    assert infer(StandIn(), [], [], Inference(), softmax) == []
+    assert infer(at_pixels(StandIn()), [], [], Inference(), probabilities) == []
 
 
 @pytest.mark.parametrize(
@@ -219,5 +239,5 @@ def test_null_stride_is_two_thirds_of_the_window_as_published():
 def test_null_window_switches_windows_off_whatever_the_protocols_stride():
     settings = Inference(window=None, stride=341)
     predict = StandIn()
-    infer(predict, [images((60, 70))], [(60, 70)], settings, softmax)
+    infer(at_pixels(predict), [images((60, 70))], [(60, 70)], settings, probabilities)
     assert predict.batches == [(1, 3, 60, 70)]

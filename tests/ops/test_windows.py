@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from dense_heads.ops.windows import WindowAverage, window_boxes
+from dense_heads.ops.windows import average, cover, window_boxes
 
 
 def test_official_grid_of_512_and_341():
@@ -35,24 +35,23 @@ def test_grid_against_the_written_out_rule(window):
                 assert window_boxes((height, width), window, stride) == expected
 
 
+def mean(size, boxes, maps):
+    return average(zip(boxes, maps, strict=True), cover(size, boxes, torch.device("cpu")))
+
+
 def test_average_divides_each_pixel_by_its_windows():
-    average = WindowAverage((1, 4))
-    average.add((0, 0, 1, 3), torch.tensor([[[3.0, 3.0, 3.0]]]))
-    average.add((0, 1, 1, 4), torch.tensor([[[5.0, 5.0, 5.0]]]))
-    assert average.mean().tolist() == [[[3.0, 4.0, 4.0, 5.0]]]
+    maps = [torch.tensor([[[3.0, 3.0, 3.0]]]), torch.tensor([[[5.0, 5.0, 5.0]]])]
+    assert mean((1, 4), [(0, 0, 1, 3), (0, 1, 1, 4)], maps).tolist() == [[[3.0, 4.0, 4.0, 5.0]]]
 
 
 def test_average_of_bfloat16_maps_is_kept_in_float32():
-    average = WindowAverage((1, 1))
-    for value in (256.0, 1.0, 1.0, 1.0):  # in bfloat16 256 + 1 is 256
-        average.add((0, 0, 1, 1), torch.full((1, 1, 1), value, dtype=torch.bfloat16))
-    mean = average.mean()
-    assert mean.dtype == torch.float32
-    assert mean.item() == 259 / 4
+    # In bfloat16 256 + 1 is 256.
+    maps = [torch.full((1, 1, 1), value, dtype=torch.bfloat16) for value in (256.0, 1.0, 1.0, 1.0)]
+    found = mean((1, 1), [(0, 0, 1, 1)] * 4, maps)
+    assert found.dtype == torch.float32
+    assert found.item() == 259 / 4
 
 
 def test_a_gap_between_windows_is_never_passed_on():
-    average = WindowAverage((1, 4))
-    average.add((0, 0, 1, 2), torch.ones(1, 1, 2))
     with pytest.raises(AssertionError, match="cover"):
-        average.mean()
+        mean((1, 4), [(0, 0, 1, 2)], [torch.ones(1, 1, 2)])
