@@ -9,4 +9,5 @@ PARTS = {  # module of this room -> what it measures
     "epochs": "an epoch and the way to the final head: cache off, cold, warm",
     "grid": "a grid of 12 heads against 12 runs",
     "startup": "start-up: the help, a mistake, a shortest run; the trials of a sweep against runs",
+    "windows": "sliding-window evaluation against a straight implementation: time and peak memory",
 }
