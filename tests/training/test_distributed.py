@@ -51,6 +51,22 @@ def test_pictures_artefact_and_report_are_written_once(runs):
     assert [line.split(",")[0] for line in rows[0]] == [line.split(",")[0] for line in rows[1]]
 
 
+def test_two_processes_fill_and_read_one_cache(runs, tiny, tmp_path):
+    """As many views as there are epochs, so that an uncached run in one process sees the same."""
+    features = tmp_path / "features"
+    cached = [*tiny, *TWO, "cache=disk", "cache.views=4", "cache.dtype=float32", f"cache.dir={features}"]
+    run([*cached, f"run_dir={tmp_path / 'cold'}"])
+    stored = {path: path.stat().st_mtime_ns for path in features.rglob("*.safetensors")}
+    run([*cached, f"run_dir={tmp_path / 'warm'}"])
+    assert stored and stored == {path: path.stat().st_mtime_ns for path in features.rglob("*.safetensors")}
+    one, cold, warm = (
+        load_file(folder / "head.safetensors") for folder in (runs[0], tmp_path / "cold", tmp_path / "warm")
+    )
+    for key in one:
+        assert torch.equal(cold[key], warm[key])
+        torch.testing.assert_close(one[key], warm[key], rtol=1e-3, atol=1e-4)
+
+
 def test_two_processes_count_every_image_once(runs):
     """The same head: equal per-class counts, so equal confusion matrices."""
     trained = runs[0]

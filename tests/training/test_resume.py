@@ -50,10 +50,14 @@ def kill_after(process, run, step):
     process.communicate()
 
 
-def test_a_killed_run_ends_with_the_same_bits(tiny, tmp_path):
+@pytest.mark.parametrize("cache", ["off", "disk", "memory"])
+def test_a_killed_run_ends_with_the_same_bits(tiny, tmp_path, cache):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    reference = start([*tiny, *HARD, f"run_dir={whole}"])
-    process = start([*tiny, *HARD, f"run_dir={killed}"])
+    arguments = [*tiny, *HARD]
+    if cache != "off":
+        arguments += [f"cache={cache}", "cache.views=2", f"cache.dir={tmp_path / 'features'}"]
+    reference = start([*arguments, f"run_dir={whole}"])
+    process = start([*arguments, f"run_dir={killed}"])
     kill_after(process, killed, step=5)
     assert not (killed / "head.safetensors").exists()
     kill_after(start([f"resume={killed}"]), killed, step=15)
