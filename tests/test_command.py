@@ -26,12 +26,9 @@ REPO = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(autouse=True)
 def _quiet():
-    """A log handler keeps the stderr of its first test; threads of their own only slow tiny runs down."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    """A log handler keeps the stderr of its first test."""
     logging.getLogger("dense_heads").handlers.clear()
     yield
-    torch.set_num_threads(threads)
     logging.getLogger("dense_heads").handlers.clear()
 
 

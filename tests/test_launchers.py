@@ -37,7 +37,7 @@ def tiny(tmp_path_factory):
 
 def run(arguments, **environment):
     """The command in a process of its own: launchers leave handlers and daemons behind."""
-    environment = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", **environment}
+    environment = {**os.environ, "PYTHONPATH": str(REPO), **environment}
     command = [sys.executable, "-m", "dense_heads", *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
 

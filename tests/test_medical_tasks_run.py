@@ -4,7 +4,6 @@ import json
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import dense_heads
@@ -27,14 +26,6 @@ nibabel = pytest.importorskip("nibabel")
 TINY = ["backbone=vitn14_reg", "backbone.weights=null", "debug=fast", "trainer.accelerator=cpu", "data.batch_size=2"]
 EXACT = ["backbone.precision=float32"]  # the same bits whatever shares a batch
 SMALL = [*EXACT, "data.image_size=56", "trainer.limit_val_batches=1.0"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 AS_IT_IS = ["task.transforms.train.scale.short_side=64", "task.transforms.eval.short_side=60"]

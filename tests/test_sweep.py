@@ -31,14 +31,6 @@ SEARCH = ["mode=sweep", "sweep=linear", "sweep.trials=6", "seed=5", "sweep.sampl
           "sweep.pruner.n_startup_trials=1", "callbacks.checkpoints.every=1"]  # fmt: skip
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(autouse=True)
 def _handlers():
     logging.getLogger("dense_heads").handlers.clear()
@@ -231,7 +223,7 @@ def test_killed_at_every_write_to_the_study(tiny, tmp_path, monkeypatch):
 
 
 def start(arguments):
-    environment = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(REPO)}
     return subprocess.Popen(
         [sys.executable, "-m", "dense_heads", *arguments],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment,

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from omegaconf import OmegaConf
 from PIL import Image
 
@@ -43,14 +42,6 @@ TINY = [
     "trainer.accelerator=cpu",
     *SMALL,
 ]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -271,7 +262,7 @@ def test_the_ade20k_sample_is_measured_and_predicted(fitted, said, tmp_path, roo
 def test_the_default_job_from_an_empty_folder(tmp_path):
     """`python -m dense_heads`, two steps of it: real images, a report, everything below the working directory."""
     command = [sys.executable, "-m", "dense_heads", "debug=fast", "trainer.accelerator=cpu", *SMALL]
-    environment = {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(REPO)}
     ended = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert ended.returncode == 0, ended.stderr
     assert "Traceback" not in ended.stderr and "report" in ended.stderr

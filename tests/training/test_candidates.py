@@ -25,9 +25,7 @@ def heads_of(run):
     return found
 
 
-def test_a_head_trains_alike_alone_and_in_a_grid(tiny, tmp_path, monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    torch.set_num_threads(1)
+def test_a_head_trains_alike_alone_and_in_a_grid(tiny, tmp_path):
     assert main([*tiny, *GRID, "head.weight_decay=[1e-4,0]", f"run_dir={tmp_path / 'grid'}"]) == 0
     alone = [*GRID, "head.heads=[linear4]", "head.weight_decay=[0]"]
     assert main([*tiny, *alone, f"run_dir={tmp_path / 'alone'}"]) == 0
@@ -47,7 +45,6 @@ def test_a_head_trains_alike_alone_and_in_a_grid(tiny, tmp_path, monkeypatch):
 
 
 def test_a_candidate_that_diverges_is_retired_and_disturbs_nobody(tiny, tmp_path):
-    torch.set_num_threads(1)
     lone = [*GRID, "head.heads=[linear]"]
     assert main([*tiny, *lone, f"run_dir={tmp_path / 'sound'}"]) == 0
     both = [*lone, "head.lr=[1e-2,1e36]"]

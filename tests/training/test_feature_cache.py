@@ -22,7 +22,6 @@ ALONE = "data.batch_size=1"  # one image in a pass: the features have the same b
 @pytest.fixture(autouse=True)
 def alone(monkeypatch):
     monkeypatch.setattr(feature_cache, "_in_memory", {})
-    torch.set_num_threads(1)
 
 
 @pytest.fixture
@@ -176,9 +175,8 @@ def command(arguments):
 
 
 @pytest.fixture
-def long(cached, monkeypatch):
+def long(cached):
     """A pass that takes a while: many small shards."""
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     return [*cached, "cache.shard_mb=0", "cache.views=6", "trainer.max_steps=3", "trainer.val_check_interval=3"]
 
 
