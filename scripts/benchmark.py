@@ -26,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         modules[name] = importlib.import_module(f"dense_heads.benchmark.{name}")
         part = parts.add_parser(name, help=purpose, description=modules[name].__doc__)
         part.add_argument("--repeats", type=int, default=7, help="turns that count (default %(default)s)")
+        part.add_argument("--warmups", type=int, default=1, help="turns before that do not (default %(default)s)")
         part.add_argument("--output", type=Path, default=Path("outputs/benchmark"), help="folder (default %(default)s)")
         modules[name].add_arguments(part)
     typed = list(sys.argv[1:] if argv is None else argv)
@@ -39,7 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     on = machine()  # before: its load is that of others
     try:
         with tempfile.TemporaryDirectory() as scratch:
-            results = measure(modules[arguments.part].cases(arguments, Path(scratch)), arguments.repeats)
+            cases = modules[arguments.part].cases(arguments, Path(scratch))
+            results = measure(cases, arguments.repeats, arguments.warmups)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

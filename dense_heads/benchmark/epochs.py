@@ -8,6 +8,7 @@ from pathlib import Path
 from dense_heads.benchmark.protocol import Case, Contender, Sample
 from dense_heads.benchmark.runs import add_data_argument, camvid, of_steps, run_of
 
+MEASURES = ("steps", "total")
 GOALS = {"vits14_reg": 8.0, "vitb14_reg": 20.0}  # times as fast as without a cache, training steps only
 
 
@@ -16,11 +17,12 @@ def add_arguments(parser: ArgumentParser) -> None:
     add_data_argument(parser)
     parser.add_argument("--backbones", nargs="+", default=list(GOALS), metavar="NAME")
     parser.add_argument("--precisions", nargs="+", default=["float32", "bfloat16"], metavar="NAME")
+    parser.add_argument("--measure", nargs="+", default=list(MEASURES), choices=MEASURES, help="what of a run")
     parser.add_argument("--steps", type=int, default=23, help="of 16 images; 23 are an epoch (default %(default)s)")
 
 
 def cases(arguments: Namespace, scratch: Path) -> Iterator[Case]:
-    """For each backbone and precision: the steps alone, and everything to the final head."""
+    """For each backbone and precision: the steps alone (no warm-up changes them), and everything to the final head."""
     data = camvid(arguments.data)
     for name in arguments.backbones:
         for precision in arguments.precisions:
@@ -28,14 +30,15 @@ def cases(arguments: Namespace, scratch: Path) -> Iterator[Case]:
                 f"data.root={data}", f"backbone={name}", "backbone.weights=null", f"backbone.precision={precision}",
                 f"trainer.max_steps={arguments.steps}", f"trainer.val_check_interval={arguments.steps}",
             ]  # fmt: skip
-            yield from _pair(f"{name}, {precision}", common, scratch / f"{name}-{precision}", _goal(name, precision))
+            both = _both(f"{name}, {precision}", common, scratch / f"{name}-{precision}", _goal(name, precision))
+            yield from (case for measured, case in zip(MEASURES, both, strict=True) if measured in arguments.measure)
 
 
 def _goal(name: str, precision: str) -> float | None:
     return GOALS.get(name) if precision == "float32" else None
 
 
-def _pair(title: str, common: list[str], scratch: Path, goal: float | None) -> Iterator[Case]:
+def _both(title: str, common: list[str], scratch: Path, goal: float | None) -> tuple[Case, Case]:
     features = scratch / "features"
     disk = [*common, "cache=disk", "cache.views=0", f"cache.dir={features}"]
     cold_features = scratch / "cold-features"
@@ -49,7 +52,7 @@ def _pair(title: str, common: list[str], scratch: Path, goal: float | None) -> I
             Contender("cache off", run_of(folder / "off", common, seconds)),
         ]
 
-    yield Case(f"{title}: training steps of an epoch", timings(of_steps, "steps"), goal)
+    steps = Case(f"{title}: training steps of an epoch", timings(of_steps, "steps"), goal)
     contenders = [
         *timings(lambda found: found["total"], "total"),
         Contender(
@@ -58,7 +61,7 @@ def _pair(title: str, common: list[str], scratch: Path, goal: float | None) -> I
         ),
         Contender("cache in memory", run_of(scratch / "memory", memory, lambda found: found["total"])),
     ]
-    yield Case(f"{title}: one epoch to the final head, validation included", contenders)
+    return steps, Case(f"{title}: one epoch to the final head, validation included", contenders)
 
 
 def _forgetting(run: Callable[[], Sample], folder: Path) -> Callable[[], Sample]:

@@ -82,16 +82,16 @@ class Measured:
         return min(others, key=self.ratio) if others else None
 
 
-def measure(cases: Iterable[Case], repeats: int, warmups: int = 1) -> list[Measured]:
+def measure(cases: Iterable[Case], repeats: int, warmups: int) -> list[Measured]:
     """Run every case: `warmups` turns that do not count, then `repeats` that do.
 
     Each turn starts with another contender, so that none always follows the same one.
 
     Raises:
-        UserError: fewer than one repeat.
+        UserError: fewer than one repeat, or a negative number of warm-ups.
     """
-    if repeats < 1:
-        raise UserError(f"repeats={repeats}: expected at least 1.")
+    if repeats < 1 or warmups < 0:
+        raise UserError(f"--repeats {repeats} --warmups {warmups}: expected at least 1 and at least 0.")
     results = []
     with Progress(transient=True) as progress:
         for case in cases:

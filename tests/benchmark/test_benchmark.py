@@ -66,8 +66,8 @@ def test_turns_that_warm_up_do_not_count():
     (measured,) = measure([Case("alone", [turns.contender("ours", 1.0)])], repeats=2, warmups=3)
     assert len(turns.order) == 5 and len(measured.samples["ours"]) == 2
     assert measured.fastest_other() is None and verdict(measured) == ""
-    with pytest.raises(UserError, match="repeats=0"):
-        measure([], repeats=0)
+    with pytest.raises(UserError, match="--repeats 0"):
+        measure([], repeats=0, warmups=1)
 
 
 def test_a_command_is_measured_in_a_process_of_its_own(tmp_path):
