@@ -39,13 +39,13 @@ def start(arguments):
 
 def kill_after(process, run, step):
     """Kill -9 as soon as the run has written a checkpoint at or beyond `step`, a moment later."""
-    for _ in range(9000):  # a machine with other work may take a minute to start
-        done = [int(path.stem.split("=")[1]) for path in (run / "checkpoints").glob("step=*.ckpt")]
-        if max(done, default=0) >= step:
-            time.sleep(0.15)  # into the steps that follow the checkpoint
-            break
+    late, done = time.monotonic() + 240, 0
+    while done < step:
         assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < late, f"not at step {step} by now"
         time.sleep(0.02)
+        done = max((int(path.stem.split("=")[1]) for path in (run / "checkpoints").glob("step=*.ckpt")), default=0)
+    time.sleep(0.15)  # into the steps that follow the checkpoint
     process.send_signal(signal.SIGKILL)
     process.communicate()
 
