@@ -349,10 +349,11 @@ def test_random_weights_follow_the_seed_and_leave_the_global_generator():
 
 
 def test_autocast_and_half_precision(images):
-    vit = tiny()
+    vit = tiny().requires_grad_(False)
     reference = vit(images)["prenorm"]
     with torch.autocast("cpu", torch.bfloat16):
         mixed = vit(images)["prenorm"]
+        assert vit.blocks[0].mlp.fc1(torch.zeros(1, 32)).dtype == torch.bfloat16
     assert mixed.dtype == torch.float32  # the residual stream stays in full precision, as in the original
     torch.testing.assert_close(mixed, reference, atol=0.1, rtol=0.1)
     assert vit.to(torch.bfloat16)(images)["prenorm"].dtype == torch.bfloat16
@@ -370,15 +371,29 @@ def test_attention_in_bfloat16_is_that_of_float64(tokens):
     assert (found.double() - expected).norm() / expected.norm() < 1e-2
 
 
-def test_linear_layers_lay_their_weights_out_anew_when_they_change():
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("gelu", [False, True])
+def test_linear_layers_lay_their_weights_out_anew_when_they_change(dtype, tolerance, gelu):
     from dense_heads.backbones.layers import Linear
 
-    linear = Linear(24, 40).bfloat16().requires_grad_(False)
-    x = torch.randn(2, 5, 24).bfloat16()
+    linear = Linear(24, 40).to(dtype).requires_grad_(False)
+    x = torch.randn(2, 5, 24).to(dtype)
     for _ in range(2):
         expected = nn.functional.linear(x.double(), linear.weight.double(), linear.bias.double())
-        torch.testing.assert_close(linear(x).double(), expected, rtol=2e-2, atol=2e-2)
-        torch.testing.assert_close(copy.deepcopy(linear)(x), linear(x))
+        expected = nn.functional.gelu(expected) if gelu else expected
+        torch.testing.assert_close(linear(x, gelu).double(), expected, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(copy.deepcopy(linear)(x, gelu), linear(x, gelu))
         linear.weight.mul_(-3)
-    linear.requires_grad_(True)(x).sum().backward()
+    with_gradient = linear(x, gelu)
+    torch.testing.assert_close(linear.requires_grad_(True)(x, gelu), with_gradient, rtol=tolerance, atol=tolerance)
+    linear(x, gelu).sum().backward()
     assert linear.weight.grad is not None
+
+
+def test_the_first_batch_does_not_decide_the_bits_of_later_ones():
+    block = tiny().blocks[0].requires_grad_(False)
+    small, large = (torch.randn(batch, 17, block.norm1.normalized_shape[0]) for batch in (1, 40))
+    other = copy.deepcopy(block)
+    expected = block(large)
+    other(small)
+    assert torch.equal(other(large), expected)
