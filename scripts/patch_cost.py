@@ -20,24 +20,26 @@ from torch import Tensor
 from dense_heads.build.config import composed, composing, plain
 from dense_heads.build.medical import load
 from dense_heads.models.inference import Inference, infer
+from dense_heads.models.looks import mean
+from dense_heads.ops.pad import Placement
 from dense_heads.structures import IGNORE_INDEX, Levels
 
 PATCH = 14
 THRESHOLDS = np.arange(0.02, 1.0, 0.02)
 
 
-def shares_by_patch(crops: Tensor | Levels) -> list[Tensor]:
-    """(b, 1, h, w) labels of windows -> their share in each patch, at the windows' own pixels."""
+def shares_by_patch(crops: Tensor | Levels) -> tuple[list[Tensor], Placement]:
+    """(b, 1, h, w) labels of windows -> their share in each patch, and how that lies on the windows' pixels."""
     assert isinstance(crops, Tensor)
     height, width = crops.shape[-2:]
     shares = F.adaptive_avg_pool2d(crops, (math.ceil(height / PATCH), math.ceil(width / PATCH)))
-    return [F.interpolate(shares, size=(height, width), mode="bilinear", align_corners=False)]
+    return [shares], Placement((height, width))
 
 
 def perfect(label: Tensor, view: Tensor, inference: Inference) -> Tensor:
     """The share of foreground (H, W) that arrives at the pixels of `label`, looked at as large as `view`."""
     seen = F.interpolate(label[None, None], size=view.shape[-2:], mode="bilinear", align_corners=False)[0]
-    ((found,),) = infer(shares_by_patch, [[seen]], [(label.shape[0], label.shape[1])], inference, lambda share: share)
+    ((found,),) = infer(shares_by_patch, [[seen]], [(label.shape[0], label.shape[1])], inference, mean)
     return found[0]
 
 
@@ -70,9 +72,9 @@ def main() -> None:
             label = (item["mask"] == 1).float()
             found = perfect(label, item["image"], Inference(**plain(cfg.task.inference)))
             table.append(list(dices(found, item["mask"])))
-        mean = np.mean(table, axis=0)
-        half, best = int(np.abs(THRESHOLDS - 0.5).argmin()), int(mean.argmax())
-        print(f"{side:10d}  {mean[half]:17.3f}  {mean[best]:.3f} (share > {THRESHOLDS[best]:.2f})")
+        dice = np.mean(table, axis=0)
+        half, best = int(np.abs(THRESHOLDS - 0.5).argmin()), int(dice.argmax())
+        print(f"{side:10d}  {dice[half]:17.3f}  {dice[best]:.3f} (share > {THRESHOLDS[best]:.2f})")
 
 
 if __name__ == "__main__":
