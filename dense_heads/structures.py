@@ -91,6 +91,11 @@ class Levels:
             self.padding,
         )
 
+    def pooled(self) -> Self:
+        """Each map's mean in its place, (B, D, 1, 1): all that heads on whole images see of it."""
+        means = {level: map.float().mean((2, 3), keepdim=True) for level, map in self.patch_maps.items()}
+        return type(self)(means, self.cls_tokens, self.image_size, self.padding)
+
     def float(self) -> Self:
         """In float32, which heads compute in."""
         return self.map(Tensor.float)

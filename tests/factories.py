@@ -316,3 +316,13 @@ def make_yolo(root, train=4, val=2, polygons=False):
             path.write_text("\n".join(lines))
     (root / "data.yaml").write_text(f"train: images/train\nval: images/val\nnames: {list(SHAPES)}\n")
     return root
+
+
+def make_class_folders(root, train=4, val=2, classes=("dark", "grey", "light")):
+    """train/CLASS/NAME.png and val/CLASS/NAME.png; a class is a shade."""
+    for split, num in (("train", train), ("val", val)):
+        for place, name in enumerate(classes):
+            for index in range(num):
+                image, _ = fake_pair(10 * place + index + (100 if split == "val" else 0))
+                save(root / split / name / f"{index}.png", image // 8 + np.uint8(20 + 90 * place))
+    return root

@@ -114,7 +114,7 @@ def test_every_key_is_an_argument_of_its_target(group, option):
         inspect.signature(LabelRule).bind(cfg.task.num_classes, **arguments(cfg.task.data.labels))
 
 
-@pytest.mark.parametrize("option", [o for o in options("head") if o not in ("grid", "none")])
+@pytest.mark.parametrize("option", [o for o in options("head") if o not in ("grid", "knn", "none")])
 def test_heads_are_made(option):
     node = with_option("head", option).head
     make = instantiate(OmegaConf.masked_copy(node, [key for key in node if key not in ("weights", "range")]))
@@ -126,10 +126,19 @@ def test_heads_are_made(option):
     assert isinstance(head, Head) and head.blocks == node.blocks and head.norm == node.norm
 
 
-def test_a_grid_holds_options_of_its_own_group():
-    grid = with_option("head", "grid").head
-    assert set(grid.heads) <= set(options("head")) - {"grid"}
-    assert len(set(grid.lr)) == len(grid.lr) > 1
+@pytest.mark.parametrize(
+    ("option", "task"), [("grid", "nuclei"), ("grid", "classification"), ("knn", "classification")]
+)
+def test_a_grid_holds_options_of_its_own_group(option, task):
+    grid = composed(f"task={task}", f"head={option}").head
+    assert set(grid.heads) <= set(options("head")) - {"grid", "knn"}
+    varied = grid.k if option == "knn" else grid.lr
+    assert len(set(varied)) == len(varied) > 1
+
+
+def test_the_published_grid_of_linear_classifiers():
+    grid = composed("task=classification", "head=grid").head
+    assert len(grid.heads) * len(grid.blocks) * len(grid.lr) == 52 and list(grid.blocks) == ["last", "last4"]
 
 
 @pytest.mark.parametrize("run", ["task=pretraining", "experiment=inhouse_vitn14_reg"])

@@ -136,6 +136,7 @@ def _cached(
         dtype=DTYPES[cfg.cache.dtype],
         batch=cfg.cache.batch,
         num_workers=cfg.data.num_workers,
+        pooled=MODELS[cfg.task.family].pooled,
     )
     identity = _identity(cfg, loaded, split, dataset, wanted, num_views)
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
@@ -164,6 +165,8 @@ def _identity(
         "transforms": plain(cfg.task.transforms)["train" if training else "eval"],
         "files": files_digest(dataset.samples),
     }
+    if wanted.pooled:
+        identity["pooled"] = True
     if "masks" in cfg.task:
         identity["masks"] = bool(cfg.task.masks)
     if training:

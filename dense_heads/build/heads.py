@@ -14,6 +14,7 @@ from dense_heads.backbones.download import fetch
 from dense_heads.build.config import plain, recomposed
 from dense_heads.errors import UserError, unknown_name
 from dense_heads.heads.base import Head
+from dense_heads.heads.classification import ClassificationHead
 from dense_heads.heads.depth_range import hub_range, published_range, range_notice
 from dense_heads.heads.detection import DetectionHead
 from dense_heads.heads.official import load_head_weights, official_head_url
@@ -25,11 +26,21 @@ log = logging.getLogger("dense_heads")
 
 HOW_IT_RUNS = ("precision", "pass_size", "compile")  # of a backbone's config: not the backbone's, FrozenBackbone's
 _NOT_ARGUMENTS = ("_target_", "_partial_", "weights", "range", "criterion")  # of a head's config: Hydra's keys and ours
+_KINDS = {  # families whose heads are of a kind of their own; those of all others predict maps
+    "detection": (DetectionHead, "finds objects"),
+    "classification": (ClassificationHead, "names an image's class"),
+}
+_OF_HEADS = ("blocks", "k")  # of a grid's lists: what becomes an argument of the heads
 
 
 def backbone(cfg: DictConfig) -> FrozenBackbone:
     """The frozen backbone."""
-    arguments = plain(cfg.backbone)
+    return frozen_backbone(cfg.backbone)
+
+
+def frozen_backbone(node: DictConfig) -> FrozenBackbone:
+    """The frozen backbone that an option of group `backbone`, or `teacher`, describes."""
+    arguments = plain(node)
     how = {key: arguments.pop(key) for key in HOW_IT_RUNS if key in arguments}
     return FrozenBackbone(instantiate(arguments), arguments.get("patch_fit", "pad"), **how)
 
@@ -53,7 +64,7 @@ def _candidate(
         name=name,
         head=head,
         loss=instantiate(cfg.task.loss),
-        lr=float(settings.get("lr", cfg.optim.lr)),
+        lr=float(settings.get("lr", cfg.optim.lr)) * _rate_scale(cfg),
         weight_decay=float(settings.get("weight_decay", cfg.optim.weight_decay)),
         schedule=instantiate(cfg.optim.schedule),
         clip_norm=cfg.optim.clip_norm,
@@ -63,26 +74,47 @@ def _candidate(
     )
 
 
+def _rate_scale(cfg: DictConfig) -> float:
+    """Where a protocol states its learning rates for a batch of some size, what they are times for this one."""
+    stated = cfg.task.protocol.get("lr_batch")
+    return 1.0 if stated is None else cfg.data.batch_size * cfg.trainer.accumulate_grad_batches / stated
+
+
 def _grid(cfg: DictConfig) -> list[tuple[DictConfig, dict[str, Any]]]:
     """(head config, settings) of each combination; a list that is empty leaves the task's own value."""
     combinations: list[dict[str, Any]] = [{}]
-    for key, name in (("heads", "head"), ("blocks", "blocks"), ("lr", "lr"), ("weight_decay", "weight_decay")):
-        if values := list(cfg.head[key] or []):
+    for key in ("heads", "blocks", "k", "lr", "weight_decay"):
+        name = "head" if key == "heads" else key
+        if values := _as_list(cfg.head.get(key)):
             combinations = [{**before, name: value} for before in combinations for value in values]
     if len({json.dumps(c) for c in combinations}) < len(combinations):
         raise UserError("head=grid: a value stands twice in one of its lists; each combination is trained once.")
-    result = []
-    for settings in combinations:
-        head_cfg = option_of_grid(cfg, settings)
-        result.append((head_cfg, settings))
-    return result
+    options = {
+        name: _option(name) for name in {str(settings["head"]) for settings in combinations}
+    }  # composing is slow
+    return [(_varied(cfg, options[str(settings["head"])], settings), settings) for settings in combinations]
+
+
+def _as_list(value: Any) -> list[Any]:
+    """One value is a list of one, null an empty one."""
+    if OmegaConf.is_list(value):
+        return list(value)
+    return [] if value is None else [value]
 
 
 def option_of_grid(cfg: DictConfig, settings: Mapping[str, Any]) -> DictConfig:
     """The config of one head of a grid: its own option, with the grid's arguments on top."""
-    head_cfg = OmegaConf.create(plain(recomposed("head", settings["head"]).head))
-    blocks = {"blocks": settings["blocks"]} if "blocks" in settings else {}
-    for key, value in {**plain(cfg.head.arguments), **blocks}.items():
+    return _varied(cfg, _option(str(settings["head"])), settings)
+
+
+def _option(name: str) -> dict[str, Any]:
+    return plain(recomposed("head", name).head)
+
+
+def _varied(cfg: DictConfig, option: Mapping[str, Any], settings: Mapping[str, Any]) -> DictConfig:
+    head_cfg = OmegaConf.create(dict(option))
+    varied = {key: settings[key] for key in _OF_HEADS if key in settings}
+    for key, value in {**plain(cfg.head.arguments), **varied}.items():
         if key not in head_cfg:
             raise unknown_name(f"argument of head={settings['head']}:", key, [str(known) for known in head_cfg])
         head_cfg[key] = value
@@ -99,9 +131,10 @@ def make_head(
     """
     if num_outputs is None:
         raise UserError(f"task={cfg.task.name}: how many classes there are is not known here. Set task.num_classes=K.")
-    detects = issubclass(get_class(head_cfg._target_), DetectionHead)
-    if detects != (cfg.task.family == "detection"):
-        kind = "finds objects" if detects else "predicts maps"
+    target = get_class(head_cfg._target_)
+    families = [family for family, (kind, _) in _KINDS.items() if issubclass(target, kind)]
+    if families != [family for family in _KINDS if family == cfg.task.family]:
+        kind = _KINDS[families[0]][1] if families else "predicts maps"
         raise UserError(f"head={option} {kind}, which task={cfg.task.name} ({cfg.task.family}) has no use for. --help")
     _set_range(cfg, head_cfg, option)
     # Resolved as a whole: a copy of some keys would lose its parent, and with it what interpolations point to.

@@ -12,7 +12,7 @@ from typing import Any
 from omegaconf import DictConfig
 from torch.utils.data import Dataset
 
-from dense_heads.build import depth, detection, medical, segmentation
+from dense_heads.build import classification, depth, detection, medical, segmentation
 from dense_heads.build.cache import resolve_cache, with_features
 from dense_heads.build.config import is_random
 from dense_heads.build.data import Loaded
@@ -35,6 +35,7 @@ FAMILIES: dict[str, ModuleType] = {
     "depth": depth,
     "medical": medical,
     "detection": detection,
+    "classification": classification,
 }
 
 

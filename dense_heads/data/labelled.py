@@ -75,8 +75,13 @@ def collate_labelled(items: Sequence[dict[str, Any]]) -> Batch:
 
 def center_view(image: UInt8, resize: int, crop: int) -> Tensor:
     """(H, W, 3) -> (3, crop, crop), as image-level protocols look at a picture (facts sheet 3.3)."""
+    return normalised(center_picture(image, resize, crop))
+
+
+def center_picture(image: UInt8, resize: int, crop: int) -> Any:
+    """The same as a PIL image, before it is normalised."""
     picture = TF.resize(Image.fromarray(image), [resize], interpolation=TF.InterpolationMode.BICUBIC, antialias=True)
-    return normalised(TF.center_crop(picture, [crop, crop]))
+    return TF.center_crop(picture, [crop, crop])
 
 
 def normalised(picture: Any) -> Tensor:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from dense_heads.data.classification_transforms import CentreView, RandomResizedCrop
 from dense_heads.data.depth_transforms import FixedCrop
 from dense_heads.data.detection_transforms import BoxCrop, CentreBoxCrop, ScaleToFit
 from dense_heads.data.transforms import RandomCrop, RandomScale
@@ -28,7 +29,7 @@ def is_random(step: Any) -> bool:
     """Whether a step of a training pipeline depends on chance."""
     if isinstance(step, RandomScale | ScaleToFit):
         return step.ratio[0] != step.ratio[1]
-    if isinstance(step, CentreCrop | CentreBoxCrop | FixedCrop):
+    if isinstance(step, CentreCrop | CentreBoxCrop | CentreView | FixedCrop):
         return False
     return not (isinstance(step, _WITHOUT_CHANCE) and step.p == 1.0)
 
@@ -45,7 +46,7 @@ def without_chance(steps: Mapping[str, Any]) -> dict[str, Any]:
         elif isinstance(step, RandomScale):
             ratio = min(max(1.0, step.ratio[0]), step.ratio[1])
             kept[name] = RandomScale(step.short_side, (ratio, ratio), step.long_side)
-        elif isinstance(step, ScaleToFit):
+        elif isinstance(step, ScaleToFit | RandomResizedCrop):
             kept[name] = step.without_chance()
         elif isinstance(step, BoxCrop):
             kept[name] = CentreBoxCrop(step.size)

@@ -16,6 +16,7 @@ from dense_heads.backbones.weights import load_backbone
 from dense_heads.errors import UserError
 from dense_heads.heads.base import Head
 from dense_heads.models.card import Card, read_card, write_card
+from dense_heads.models.classifier import Classifier
 from dense_heads.models.dense import DenseModel, FrozenBackbone
 from dense_heads.models.depther import Depther
 from dense_heads.models.detector import Detector
@@ -29,6 +30,7 @@ MODELS: dict[str, type[DenseModel]] = {
     "depth": Depther,
     "medical": MedicalSegmentor,
     "detection": Detector,
+    "classification": Classifier,
 }
 
 

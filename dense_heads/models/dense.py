@@ -69,8 +69,7 @@ class FrozenBackbone(nn.Module):
         self.backbone = backbone.requires_grad_(False)
         self.patch_fit, self.pass_size = patch_fit, pass_size
         self._block_outputs = torch.compile(backbone.block_outputs) if compile else backbone.block_outputs
-        self.register_state_dict_post_hook(_leave_out_of_state_dict)  # type: ignore[no-untyped-call]
-        self.register_load_state_dict_pre_hook(_stand_in_for_itself)  # type: ignore[no-untyped-call]
+        leave_out_of_state_dicts(self)
         self.train(False)
 
     def train(self, mode: bool = True) -> Self:
@@ -168,6 +167,12 @@ class FrozenBackbone(nn.Module):
         return [placement.enlarge(map) for map in maps]
 
 
+def leave_out_of_state_dicts(module: nn.Module) -> None:
+    """A state dict of what holds `module` neither carries nor misses its tensors."""
+    module.register_state_dict_post_hook(_leave_out_of_state_dict)  # type: ignore[no-untyped-call]
+    module.register_load_state_dict_pre_hook(_stand_in_for_itself)  # type: ignore[no-untyped-call]
+
+
 def _leave_out_of_state_dict(module: nn.Module, state: Mapping[str, Any], prefix: str, _: Any) -> None:
     for key in [key for key in state if key.startswith(prefix)]:
         del state[key]  # type: ignore[attr-defined]
@@ -185,6 +190,7 @@ class DenseModel(nn.Module):
     transform_type: type[EvalTransform] = EvalTransform
     inputs: Inputs = Pictures()  # what `mode=predict` finds and reads for it
     inference_type: type[Inference] = Inference
+    pooled = False  # whether its heads see of a patch map its mean alone, so that caches need keep no more
 
     def __init__(self, backbone: FrozenBackbone, head: Head, card: Card) -> None:
         """`card` says how images are prepared and looked at; `transform` and `inference` may be changed after."""

@@ -36,6 +36,7 @@ class FeaturePass:
         dtype: the features are kept in.
         batch: images or windows in one pass of the backbone.
         num_workers: processes that load images.
+        pooled: keep each map's mean only.
     """
 
     what: str
@@ -47,6 +48,7 @@ class FeaturePass:
     dtype: torch.dtype
     batch: int = 8
     num_workers: int = 0
+    pooled: bool = False
 
     def records(self, numbers: Iterable[Sequence[int]]) -> Iterator[list[Record]]:
         """For each list of record numbers its records, in order; loading goes on while the backbone computes."""
@@ -96,7 +98,7 @@ class FeaturePass:
     def _pass(self, images: Tensor) -> Levels:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         levels: Levels = self.frozen.to(device)(images.to(device), self.requests)
-        return levels.to("cpu")
+        return (levels.pooled() if self.pooled else levels).to("cpu")
 
 
 class _Keyed(Dataset[Any]):

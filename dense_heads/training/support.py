@@ -29,6 +29,9 @@ def observe(module: DenseModule, support: Dataset[Any], how: Inference) -> None:
     for index in range(len(support)):  # type: ignore[arg-type]
         item = support[index]
         view: View = item["image"] if "image" in item else item["views"][0]
+        if "class_id" in item:
+            _show_whole(module, view, item["class_id"])
+            continue
         mask = item.get("mask")
         if mask is None:
             raise UserError(f"{item['path']}: no label of one class for each pixel, which training-free heads need.")
@@ -46,6 +49,14 @@ def observe(module: DenseModule, support: Dataset[Any], how: Inference) -> None:
     for head in module.heads:
         assert isinstance(head, TrainingFreeHead)
         head.conclude()
+
+
+def _show_whole(module: DenseModule, view: View, class_id: Tensor) -> None:
+    """A whole image with one class."""
+    levels = _levels(module, view, 0, (0, 0, *view_size(view)))
+    for head, request in zip(module.heads, module.requests, strict=True):
+        assert isinstance(head, TrainingFreeHead)
+        head.observe(levels.features(request), {"class_id": class_id[None].to(module.device)})
 
 
 def _levels(module: DenseModule, view: View, number: int, box: tuple[int, int, int, int]) -> Levels:

@@ -7,17 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from dense_heads.data.datasets.base import SPLITS, Sample, Split, draw_split, missing_data, read_list, shorten
+from dense_heads.data.datasets.base import (
+    SPLIT_NAMES,
+    SPLITS,
+    Sample,
+    Split,
+    draw_split,
+    missing_data,
+    read_list,
+    shorten,
+)
 from dense_heads.data.images import list_images
 from dense_heads.errors import UserError, unknown_name
 
 log = logging.getLogger(__name__)
-
-_SPLIT_NAMES: dict[str, tuple[str, ...]] = {
-    "train": ("train", "training"),
-    "val": ("val", "valid", "validation"),
-    "test": ("test", "testing"),
-}
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ class PairedFolders:
                 raise UserError(f"{template} is an absolute path; expected a folder below data.root, such as images.")
         self.root = Path(root)
         self.images, self.masks = images, masks
-        self.names = _SPLIT_NAMES if splits is None else {name: (folder,) for name, folder in splits.items()}
+        self.names = SPLIT_NAMES if splits is None else {name: (folder,) for name, folder in splits.items()}
         self.mask_suffix, self.unpaired = mask_suffix, unpaired
         self.val_fraction, self.seed, self.hint = val_fraction, seed, hint
         self.notices: list[str] = []
