@@ -52,7 +52,8 @@ recompose = _recompose.recompose
 
 def options(group: str) -> list[str]:
     """The names that `group=` takes."""
-    names = {path.stem for path in (CONF_DIR / group).glob("*.yaml")}
+    folder = "backbone" if group == "teacher" else group  # registry.py: the same options
+    names = {path.stem for path in (CONF_DIR / folder).glob("*.yaml")}
     if group == "task":
         names |= {path.parent.name for path in TASKS_DIR.glob("*/task.yaml")}
     return sorted(name for name in names if not name.startswith("_"))

@@ -26,6 +26,7 @@ from dense_heads.paths import CONF_DIR, TASKS_DIR
 from dense_heads.ray_launcher import register_launcher
 from dense_heads.registry import register_tasks
 from dense_heads.training.backbone import Collapse
+from dense_heads.training.distillation import FeatureObjective
 from dense_heads.training.pretraining import Objective
 from tests.factories import composed
 
@@ -100,7 +101,7 @@ def test_every_key_is_an_argument_of_its_target(group, option):
                 "range",
             ):  # taken out before: which weights to load is no matter of the constructor's
                 keywords.pop(key, None)
-        if address == "backbone":
+        if address in ("backbone", "teacher"):
             for key in HOW_IT_RUNS:
                 keywords.pop(key)
         known = signature.parameters
@@ -141,7 +142,15 @@ def test_the_published_grid_of_linear_classifiers():
     assert len(grid.heads) * len(grid.blocks) * len(grid.lr) == 52 and list(grid.blocks) == ["last", "last4"]
 
 
-@pytest.mark.parametrize("run", ["task=pretraining", "experiment=inhouse_vitn14_reg"])
+def test_a_teacher_is_written_as_a_backbone():
+    cfg = composed("task=distillation", "backbone=vits14_reg", "teacher=vitg14_reg", "teacher.weights=null")
+    assert (cfg.teacher.name, cfg.teacher.weights, cfg.teacher.precision) == ("vitg14_reg", None, "bfloat16")
+    assert set(cfg.teacher) == set(cfg.backbone) and options("teacher") == options("backbone")
+    assert FeatureObjective(**cfg.task.features).blocks == "last"
+    assert "teacher" not in composed()
+
+
+@pytest.mark.parametrize("run", ["task=pretraining", "task=distillation", "experiment=inhouse_vitn14_reg"])
 def test_recipes_that_train_a_backbone_are_made(run):
     cfg = composed(run)
     assert recipe(cfg).schedules["lr"](cfg.trainer.max_steps) == pytest.approx(cfg.optim.min_lr)

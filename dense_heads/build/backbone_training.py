@@ -12,8 +12,8 @@ from omegaconf import DictConfig
 
 from dense_heads.backbones.pixels import WITHOUT_NETWORK
 from dense_heads.backbones.vit import VisionTransformer
-from dense_heads.build import pretraining
-from dense_heads.build.config import plain
+from dense_heads.build import distillation, pretraining
+from dense_heads.build.config import plain, recomposed
 from dense_heads.build.heads import HOW_IT_RUNS
 from dense_heads.data.crops import published_crops
 from dense_heads.data.labelled import LabelledImages, class_names, collate_labelled, labelled_images
@@ -25,8 +25,8 @@ from dense_heads.training.backbone import BackboneTraining, Collapse, Recipe
 
 log = logging.getLogger("dense_heads")
 
-# A family here is a module with `module(cfg, backbone, recipe, collapse, probe)`.
-BACKBONE_FAMILIES: dict[str, ModuleType] = {"pretraining": pretraining}
+# A family here is a module with `module(cfg, students, recipe, collapse, probe)`, `crops` and `facts`.
+BACKBONE_FAMILIES: dict[str, ModuleType] = {"pretraining": pretraining, "distillation": distillation}
 
 
 @dataclass
@@ -36,21 +36,20 @@ class BackboneParts:
     module: BackboneTraining
     data: SelfSupervisedData
     num_images: int
-    notes: list[str]
+    facts: dict[str, Any]  # for the card
 
 
 def make_backbone_parts(cfg: DictConfig) -> BackboneParts:
     """Everything but the trainer; finds a user's mistakes cheaply, the cheapest first."""
     if cfg.data.root is None:
         raise UserError(f"data.root is not set. task={cfg.task.name} needs images: a folder, a .txt list, or a .tar.")
+    family = BACKBONE_FAMILIES[cfg.task.family]
     found = find_images(cfg.data.root)
-    crops = published_crops(cfg.seed, cfg.data.image_size, **_crops(cfg))
+    crops = published_crops(cfg.seed, cfg.data.image_size, **{**_crops(cfg), **family.crops(cfg)})
     bank, queries = _probe_data(cfg)
-    student = make_student(cfg)
+    students = make_students(cfg)
     probe = NeighbourProbe(cfg.task.probe.ks) if bank is not None else None
-    module = BACKBONE_FAMILIES[cfg.task.family].module(
-        cfg, student, recipe(cfg), Collapse(**plain(cfg.task.collapse)), probe
-    )
+    module = family.module(cfg, students, recipe(cfg), Collapse(**plain(cfg.task.collapse)), probe)
     source: ImageSource = found if cfg.data.in_memory is None else InMemory(found, cfg.data.in_memory)
     data = SelfSupervisedData(
         CropDataset(source, crops, cfg.task.crops.fast),
@@ -64,7 +63,7 @@ def make_backbone_parts(cfg: DictConfig) -> BackboneParts:
         num_workers=cfg.data.num_workers,
         seed=cfg.seed,
     )
-    return BackboneParts(module, data, len(found), [])
+    return BackboneParts(module, data, len(found), family.facts(cfg, module))
 
 
 def recipe(cfg: DictConfig) -> Recipe:
@@ -76,18 +75,38 @@ def recipe(cfg: DictConfig) -> Recipe:
     return Recipe(max_steps=cfg.trainer.max_steps, lr=float(lr), **options)
 
 
-def make_student(cfg: DictConfig) -> VisionTransformer:
-    """The backbone that learns; from `backbone.weights`, or random with the recipe's LayerScale."""
-    arguments = {key: value for key, value in plain(cfg.backbone).items() if key not in HOW_IT_RUNS}
-    if cfg.backbone.name not in WITHOUT_NETWORK:
+def make_students(cfg: DictConfig) -> dict[str, VisionTransformer]:
+    """What learns, by the ending of its parts' names: `backbone`, or in its place the `students`, from random weights.
+
+    Raises:
+        UserError: several where one learns, one twice, or one that has nothing to train.
+    """
+    if cfg.students is None:
+        return {"": make_student(cfg, cfg.backbone)}
+    names = [str(name) for name in cfg.students]
+    if cfg.task.family != "distillation" or not names or len(set(names)) < len(names):
+        raise UserError(
+            f"students=[{','.join(names)}] with task={cfg.task.name}; expected different backbones, with "
+            "task=distillation. One alone is backbone=NAME."
+        )
+    nodes = {name: recomposed("backbone", name).backbone for name in names}
+    for node in nodes.values():
+        node.weights = None
+    return {f"/{name}": make_student(cfg, node) for name, node in nodes.items()}
+
+
+def make_student(cfg: DictConfig, node: DictConfig) -> VisionTransformer:
+    """A backbone that learns; from its `weights`, or random with the recipe's LayerScale."""
+    arguments = {key: value for key, value in plain(node).items() if key not in HOW_IT_RUNS}
+    if node.name not in WITHOUT_NETWORK:
         arguments["drop_path"] = cfg.task.backbone.drop_path
     student = instantiate(arguments)
     if not isinstance(student, VisionTransformer):
-        raise UserError(f"backbone={cfg.backbone.name} has nothing to train. Choose a ViT.")
+        raise UserError(f"backbone={node.name} has nothing to train. Choose a ViT.")
     if cfg.data.image_size % student.patch_size:
         raise UserError(f"data.image_size={cfg.data.image_size}; expected a multiple of {student.patch_size}.")
-    if cfg.backbone.weights is None:
-        student.init_weights(cfg.backbone.seed, cfg.task.backbone.layer_scale)
+    if node.weights is None:
+        student.init_weights(node.seed, cfg.task.backbone.layer_scale)
     return student
 
 

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+HEADS_FILE = "heads.safetensors"  # of a pre-training run: the teacher's heads, for students of it
+
 
 class WeightNormLinear(nn.Module):
     """Linear without bias whose rows are `weight_g` times unit vectors along `weight_v`."""

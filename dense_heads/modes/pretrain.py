@@ -8,12 +8,13 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
+from safetensors.torch import save
 
 from dense_heads.backbones.weights import save_backbone
 from dense_heads.build.backbone_training import BackboneParts, make_backbone_parts
-from dense_heads.build.config import plain
 from dense_heads.build.training import make_loggers, make_trainer
 from dense_heads.errors import unknown_name
+from dense_heads.heads.dino import HEADS_FILE
 from dense_heads.modes.folder import run_folder
 from dense_heads.modes.outcome import commit, hardware
 from dense_heads.modes.resume import checkpoint_to_resume
@@ -52,16 +53,15 @@ def main(cfg: DictConfig) -> float | None:
 
 
 def write_result(folder: Path, cfg: DictConfig, parts: BackboneParts, step: int, seconds: float) -> None:
-    """`backbone.safetensors` (and other formats), `card.json` and `metrics.json`."""
-    backbone = parts.module.result()
-    for name in dict.fromkeys(["own", *cfg.task.formats]):
-        log.info("weights %s", save_backbone(backbone, folder / FILES[name], name))
-    card = {
+    """`backbone.safetensors` (and other formats), `card.json` and `metrics.json`; `heads.safetensors` of a teacher.
+
+    Of several students each has a folder of its own, `students/NAME`, with weights and card.
+    """
+    started_from = cfg.backbone.weights if cfg.students is None else None
+    shared = {
         "kind": "backbone",
-        "backbone": backbone.name,
-        "fingerprint": backbone.fingerprint(),
         "task": cfg.task.name,
-        "started_from": cfg.backbone.weights,
+        "started_from": started_from,
         "images": {"root": str(cfg.data.root), "number": parts.num_images, "licence": cfg.task.licence},
         "steps": step,
         "batch_size": cfg.data.batch_size,
@@ -70,9 +70,18 @@ def write_result(folder: Path, cfg: DictConfig, parts: BackboneParts, step: int,
         "hardware": hardware(),
         "commit": commit(),
         "overrides": list(HydraConfig.get().overrides.task),
-        "objective": plain(cfg.task.objective),
-        "probe": parts.module.results.get("val", {}),
-        "notes": parts.notes,
+        **parts.facts,
     }
-    write_atomically(folder / "card.json", json.dumps(card, indent=2) + "\n")
-    write_atomically(folder / "metrics.json", json.dumps({"metrics": card["probe"], **card}, indent=2) + "\n")
+    found = parts.module.results.get("val", {})
+    for student, backbone in parts.module.backbones().items():
+        place = folder / "students" / student if student else folder
+        place.mkdir(parents=True, exist_ok=True)
+        for name in dict.fromkeys(["own", *cfg.task.formats]):
+            log.info("weights %s", save_backbone(backbone, place / FILES[name], name))
+        start = f"{student}/" if student else ""
+        probe = {name.removeprefix(start): value for name, value in found.items() if name.startswith(start)}
+        own = {"backbone": backbone.name, "fingerprint": backbone.fingerprint(), "probe": probe}
+        write_atomically(place / "card.json", json.dumps({**shared, **own}, indent=2) + "\n")
+    if heads := parts.module.kept_heads():
+        write_atomically(folder / HEADS_FILE, save({name: value.contiguous().cpu() for name, value in heads.items()}))
+    write_atomically(folder / "metrics.json", json.dumps({"metrics": found, **shared}, indent=2) + "\n")

@@ -68,8 +68,9 @@ class Collapse:
 class BackboneTraining(pl.LightningModule):
     """Base of the modules that train a backbone.
 
-    `student` holds what learns, one entry for each module that is clipped by itself, among them `backbone`; `ema`
-    holds running means of all or some of them, `backbone` being the result. A subclass writes `losses`.
+    `student` holds what learns, one entry for each module that is clipped by itself, among them `backbone`, or of
+    several students `backbone/NAME` each; `ema` holds running means of all or some of them, those of the backbones
+    being the results. A subclass writes `losses`.
     """
 
     def __init__(
@@ -87,7 +88,7 @@ class BackboneTraining(pl.LightningModule):
         self.student = nn.ModuleDict(student).requires_grad_(True).train()
         self.ema = nn.ModuleDict({name: copy.deepcopy(student[name]) for name in averaged}).requires_grad_(False).eval()
         self.make_optimizer, self.recipe, self.collapse, self.seed = optimizer, recipe, collapse, seed
-        self.probe = probe
+        self.probes = {} if probe is None else {name: copy.deepcopy(probe) for name in self.backbones()}
         self.results: dict[str, dict[str, float]] = {}
         self.checks_failed = 0
         self._clock: tuple[float, int] | None = None
@@ -98,11 +99,14 @@ class BackboneTraining(pl.LightningModule):
         """The parts of the loss, each with its weight applied."""
         raise NotImplementedError
 
-    def result(self) -> Backbone:
-        """The backbone that is kept at the end."""
-        backbone = self.ema["backbone"]
-        assert isinstance(backbone, Backbone)
-        return backbone
+    def backbones(self) -> dict[str, Backbone]:
+        """What is kept at the end, by the student's name; a single one has none."""
+        found = {name.partition("/")[2]: mean for name, mean in self.ema.items() if name.startswith("backbone")}
+        return {name: backbone for name, backbone in found.items() if isinstance(backbone, Backbone)}
+
+    def kept_heads(self) -> dict[str, Tensor]:
+        """Of heads that a student of this one would need beside the backbone; empty where there are none."""
+        return {}
 
     # Training.
 
@@ -199,29 +203,34 @@ class BackboneTraining(pl.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Start counting."""
-        if self.probe is not None:
-            self.probe.reset()
+        for probe in self.probes.values():
+            probe.reset()
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Keep the cls tokens of the bank (first loader) and the queries (second)."""
         images = batch["image"]
-        assert isinstance(images, Tensor) and self.probe is not None
-        tokens = self.result()(images)
-        assert isinstance(tokens, dict)
-        self.probe.add("bank" if dataloader_idx == 0 else "query", tokens["cls_token"], batch["class_id"])
+        assert isinstance(images, Tensor)
+        for name, backbone in self.backbones().items():
+            tokens = backbone(images)
+            self.probes[name].add("bank" if dataloader_idx == 0 else "query", tokens["cls_token"], batch["class_id"])
 
     def on_validation_epoch_end(self) -> None:
         """Log the k-NN accuracy and the rank of the features."""
-        if self.probe is None:
+        if not self.probes:
             return
-        found = self.probe.measure()
+        found = {
+            f"{name}/{metric}".lstrip("/"): value
+            for name, probe in self.probes.items()
+            for metric, value in probe.measure().items()
+        }
         self.results["val"] = found
         self.log_dict({f"val/{name}": value for name, value in found.items()}, rank_zero_only=True)
         self.log("step", float(self.global_step - 1), rank_zero_only=True)
         text = "  ".join(f"val/{name} {value:.4f}" for name, value in found.items())
         log.info("step %d/%d  %s", self.global_step, self.recipe.max_steps, text)
-        if self.trainer.state.fn == "fit" and not math.isnan(found["rank"]):
-            self.judge(rank=found["rank"])
+        for name, value in found.items():
+            if self.trainer.state.fn == "fit" and name.endswith("rank") and not math.isnan(value):
+                self.judge(rank=value)
 
     # Checkpoints: plain values only.
 

@@ -1,6 +1,6 @@
 """Self-supervised pre-training: DINO + iBOT + KoLeo as in DINOv2, and masked feature prediction."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,9 +64,12 @@ class Objective:
 class PretrainingModule(BackboneTraining):
     """Student and its running mean as teacher, on global crops (the student's masked) and local crops."""
 
+    hides = True  # masked patches are hidden from the student
+    teaching: tuple[str, ...] = ("dino_head", "ibot_head")  # of the student, what its running mean teaches with
+
     def __init__(
         self,
-        backbone: VisionTransformer,
+        students: Mapping[str, VisionTransformer],
         objective: Objective,
         optimizer: Callable[..., torch.optim.Optimizer],
         recipe: Recipe,
@@ -74,20 +77,24 @@ class PretrainingModule(BackboneTraining):
         probe: NeighbourProbe | None,
         seed: int,
     ) -> None:
-        """`objective.heads` without `ibot`: the iBOT term goes through the DINO head."""
-        student: dict[str, nn.Module] = {"backbone": backbone}
-        width = backbone.embed_dim
-        for place, name in enumerate(("dino", "ibot")):
-            used = getattr(objective, name) > 0 or (
-                name == "dino" and objective.ibot > 0 and "ibot" not in objective.heads
-            )
-            if used and name in objective.heads:
-                student[f"{name}_head"] = DINOHead(width, seed=seed + 1 + place, **objective.heads[name])
-        averaged = list(student)
-        if objective.features > 0:
-            student["feature_head"] = FeaturePredictor(width, PATCH_DIM, IMAGE_DIM, seed=seed + 3)
+        """What is trained.
+
+        Args:
+            students: by the ending of their parts' names, empty for a single one.
+            objective: its `heads` without `ibot`: the iBOT term goes through the DINO head.
+            optimizer: parameter groups -> optimiser.
+            recipe: rates and schedules.
+            collapse: when the run is stopped.
+            probe: measures k-NN accuracy at each validation; None: nothing is measured.
+            seed: of heads, masks and all that is drawn.
+        """
+        student: dict[str, nn.Module] = {}
+        for ending, backbone in students.items():
+            student |= self._parts_of(ending, backbone, objective, seed)
+        averaged = [name for name in student if name.startswith(("backbone", *self.teaching))]
         super().__init__(student, averaged, optimizer, recipe, collapse, probe, seed)
-        self.objective = objective
+        self.objective, self.endings = objective, list(students)
+        self.patch_size = next(iter(students.values())).patch_size
         self.temperature = WarmupSchedule(
             *objective.teacher_temperature, int(objective.teacher_warmup * recipe.max_steps)
         )
@@ -98,6 +105,21 @@ class PretrainingModule(BackboneTraining):
                 if objective.centering == "softmax"
             }
         )
+
+    @staticmethod
+    def _parts_of(ending: str, backbone: VisionTransformer, objective: Objective, seed: int) -> dict[str, nn.Module]:
+        """A student's backbone and heads."""
+        parts: dict[str, nn.Module] = {f"backbone{ending}": backbone}
+        width = backbone.embed_dim
+        for place, name in enumerate(("dino", "ibot")):
+            used = getattr(objective, name) > 0 or (
+                name == "dino" and objective.ibot > 0 and "ibot" not in objective.heads
+            )
+            if used and name in objective.heads:
+                parts[f"{name}_head{ending}"] = DINOHead(width, seed=seed + 1 + place, **objective.heads[name])
+        if objective.features > 0:
+            parts[f"feature_head{ending}"] = FeaturePredictor(width, PATCH_DIM, IMAGE_DIM, seed=seed + 3)
+        return parts
 
     def masks(self, num_images: int, grid: tuple[int, int]) -> Tensor:
         """(2B, N) of this process's global crops: its part of what (seed, step) gives the whole batch."""
@@ -115,30 +137,49 @@ class PretrainingModule(BackboneTraining):
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """The weighted parts on `crops`, and on `patch_masks` where the batch brings its own."""
         crops = batch["crops"]
-        backbone = self.student["backbone"]
+        height, width = (side // self.patch_size for side in crops[0].shape[2:])
+        masks = batch["patch_masks"] if "patch_masks" in batch else self.masks(len(crops[0]), (height, width))
+        taught = self._teach(crops[0], masks) if self.objective.needs_teacher else None
+        parts: dict[str, Tensor] = {}
+        for ending in self.endings:
+            for name, value in self._losses_of(ending, crops, masks, taught).items():
+                parts[f"{name}{ending}"] = value
+        return parts
+
+    def _losses_of(
+        self, ending: str, crops: list[Tensor], masks: Tensor, taught: tuple[Tensor, Tensor] | None
+    ) -> dict[str, Tensor]:
+        backbone = self.student[f"backbone{ending}"]
         assert isinstance(backbone, VisionTransformer)
-        sides = tuple(side // backbone.patch_size for side in crops[0].shape[2:])
-        masks = batch["patch_masks"] if "patch_masks" in batch else self.masks(len(crops[0]), (sides[0], sides[1]))
         uses_locals = len(crops) > 1 and self.objective.dino > 0
         inputs = crops if uses_locals else crops[:1]
-        outputs = packed_forward(backbone, inputs, [masks, *[None] * (len(inputs) - 1)])
+        # Where nothing is hidden the mask token takes part all the same: DDP waits for every parameter.
+        hidden = masks if self.hides else torch.zeros_like(masks)
+        outputs = packed_forward(backbone, inputs, [hidden, *[None] * (len(inputs) - 1)])
         parts: dict[str, Tensor] = {}
-        if self.objective.needs_teacher:
-            parts |= self._taught(crops[0], masks, outputs)
+        if taught is not None:
+            parts |= self._taught(ending, len(crops[0]), masks, outputs, taught)
         if self.objective.koleo > 0:
             halves = outputs[0]["cls_token"].chunk(2)
             spread = torch.stack([koleo_loss(half, self.objective.koleo_gather) for half in halves]).sum()
             parts["koleo"] = self.objective.koleo * spread
         if self.objective.features > 0:
-            parts["features"] = self.objective.features * self._predicted(crops[0], masks, outputs[0])
+            parts["features"] = self.objective.features * self._predicted(ending, crops[0], masks, outputs[0])
         return parts
 
-    def _taught(self, images: Tensor, masks: Tensor, outputs: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        teacher_cls, teacher_patches = self._teach(images, masks)
+    def _taught(
+        self,
+        ending: str,
+        num_wholes: int,
+        masks: Tensor,
+        outputs: list[dict[str, Tensor]],
+        taught: tuple[Tensor, Tensor],
+    ) -> dict[str, Tensor]:
+        teacher_cls, teacher_patches = taught
         parts: dict[str, Tensor] = {}
         if self.objective.dino > 0:
-            logits = self.student["dino_head"](torch.cat([output["cls_token"] for output in outputs]))
-            wholes, locals_ = logits.split([len(images), len(logits) - len(images)])
+            logits = self.student[f"dino_head{ending}"](torch.cat([output["cls_token"] for output in outputs]))
+            wholes, locals_ = logits.split([num_wholes, len(logits) - num_wholes])
             first, second = teacher_cls.chunk(2)
             terms = 2 + 2 * (len(locals_) // len(first))
             loss = 2 * dino_loss(wholes, torch.cat((second, first)))
@@ -146,7 +187,7 @@ class PretrainingModule(BackboneTraining):
                 loss = loss + dino_loss(student, first) + dino_loss(student, second)
             parts["dino"] = self.objective.dino * loss / terms
         if self.objective.ibot > 0:
-            head = self.student["ibot_head"] if "ibot_head" in self.student else self.student["dino_head"]
+            head = self.student[f"{self._of_patches}_head{ending}"]
             student_patches = head(outputs[0]["patch_tokens"][masks])
             parts["ibot"] = self.objective.ibot * ibot_loss(student_patches, teacher_patches, masks)
         return parts
@@ -154,17 +195,35 @@ class PretrainingModule(BackboneTraining):
     @torch.no_grad()
     def _teach(self, images: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
         """The teacher's probabilities for the cls tokens of the global crops, and for their masked patches."""
-        tokens = self.ema["backbone"](images)
+        tokens = self.teacher_tokens(images)
         temperature = self.temperature(self.global_step)
         cls, patches = images.new_zeros(0), images.new_zeros(0)
         if self.objective.dino > 0:
-            cls = self._probabilities("dino", self.ema["dino_head"](tokens["cls_token"]), temperature)
+            cls = self._probabilities("dino", self.teacher_head("dino")(tokens["cls_token"]), temperature)
             self._judge(cls, temperature)
         if self.objective.ibot > 0:
-            name = "ibot" if "ibot_head" in self.ema else "dino"
-            patches = self._probabilities(name, self.ema[f"{name}_head"](tokens["patch_tokens"][masks]), temperature)
+            name = self._of_patches
+            patches = self._probabilities(name, self.teacher_head(name)(tokens["patch_tokens"][masks]), temperature)
             self.log("teacher/patch_entropy", teacher_entropy(patches) if len(patches) else torch.zeros(()))
         return cls, patches
+
+    def teacher_tokens(self, images: Tensor) -> dict[str, Tensor]:
+        """`cls_token` and `patch_tokens` of the global crops, as the teacher sees them; no gradient."""
+        tokens: dict[str, Tensor] = self.ema["backbone"](images)
+        return tokens
+
+    def teacher_head(self, name: str) -> nn.Module:
+        """The teacher's head of `dino` or `ibot`."""
+        return self.ema[f"{name}_head"]
+
+    def kept_heads(self) -> dict[str, Tensor]:
+        """The teacher's heads: a student of it needs them."""
+        return {name: value for name, value in self.ema.state_dict().items() if "_head." in name}
+
+    @property
+    def _of_patches(self) -> str:
+        """The head that the iBOT term goes through."""
+        return "ibot" if "ibot" in self.objective.heads else "dino"
 
     def _judge(self, probabilities: Tensor, temperature: float) -> None:
         """Log what the teacher's assignments say, over all processes, and stop when it is nothing."""
@@ -186,12 +245,12 @@ class PretrainingModule(BackboneTraining):
         center.update(logits)
         return probabilities
 
-    def _predicted(self, images: Tensor, masks: Tensor, output: dict[str, Tensor]) -> Tensor:
+    def _predicted(self, ending: str, images: Tensor, masks: Tensor, output: dict[str, Tensor]) -> Tensor:
         """Masked feature prediction: patches mostly where they were hidden, the whole image from the cls token."""
         with torch.autocast(images.device.type, enabled=False):
             patches, whole = describe(images)
             patches, whole = (standardised(x, total(moments(x))) for x in (patches, whole))
-        predictor = self.student["feature_head"]
+        predictor = self.student[f"feature_head{ending}"]
         assert isinstance(predictor, FeaturePredictor)
         from_patches, from_cls = predictor(output["patch_tokens"], output["cls_token"])
         errors = F.smooth_l1_loss(from_patches.float(), patches, reduction="none").mean(-1)

@@ -61,7 +61,8 @@ def parameter_groups(
     a run can hold still at first.
     """
     groups: dict[tuple[float, float, bool], list[nn.Parameter]] = {}
-    for kind, module in modules:
+    for title, module in modules:
+        kind = title.partition("/")[0]  # of several students: backbone/vits14_reg
         num_blocks = int(getattr(module, "num_blocks", 0))
         for name, parameter in module.named_parameters():
             if not parameter.requires_grad:

@@ -18,73 +18,34 @@ from dense_heads.metrics.neighbours import NeighbourProbe
 from dense_heads.training.backbone import Collapse, Recipe
 from dense_heads.training.checkpoints import load_checkpoint
 from dense_heads.training.pretraining import CENTERINGS, Objective, PretrainingModule
-from tests.factories import fake_pair, save
+from tests.training.test_distributed import TWO
+from tests.training.test_distributed import run as run_command
 from tests.training.test_resume import Killed, kill_after, start, tensors
 
 HEADS = {name: {"num_prototypes": 12, "hidden_dim": 16, "bottleneck_dim": 8} for name in ("dino", "ibot")}
 
 
-@pytest.fixture(scope="module")
-def tiny_ssl(tmp_path_factory):
-    """Images without labels, a probe of two classes, and a run that takes seconds."""
-    root = tmp_path_factory.mktemp("ssl")
-    for index in range(7):
-        save(root / "images" / f"{index}.png", fake_pair(index)[0])
-    for split, num in (("train", 4), ("test", 2)):
-        for index in range(num):
-            for name, shade in (("dark", 30), ("light", 220)):
-                save(root / "probe" / split / name / f"{index}.png", (fake_pair(index)[0] // 8 + shade - 20))
-    return [
-        "task=pretraining",
-        "backbone=vitn14_reg",
-        "backbone.weights=null",
-        f"data.root={root / 'images'}",
-        "data.image_size=42",
-        "data.batch_size=4",
-        "data.num_workers=0",
-        "task.crops.local_size=28",
-        "task.crops.num_local=2",
-        "task.objective.heads.dino={num_prototypes: 12, hidden_dim: 16, bottleneck_dim: 8}",
-        "+task.objective.heads.ibot={num_prototypes: 10, hidden_dim: 16, bottleneck_dim: 8}",
-        f"task.probe.root={root / 'probe'}",
-        "task.probe={ks: [1, 3], resize: 32, crop: 28}",
-        "task.backbone={drop_path: 0.1, layer_scale: 1.0}",  # the published 1e-5 has rank 1 in a run this short
-        "trainer.max_steps=6",
-        "trainer.val_check_interval=3",
-        "trainer.log_every_n_steps=1",
-        "trainer.accelerator=cpu",
-    ]
-
-
-@pytest.fixture(scope="module")
-def run(tiny_ssl, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("run") / "run"
-    formats = "task.formats=[own,official,huggingface]"
-    assert main([*tiny_ssl, "task.objective.features=1", formats, f"run_dir={folder}"]) == 0
-    return folder
-
-
-def test_the_result_is_a_backbone_in_all_formats(run):
-    own = dense_heads.load_backbone("vitn14_reg", weights=run)
+def test_the_result_is_a_backbone_in_all_formats(pretrained):
+    own = dense_heads.load_backbone("vitn14_reg", weights=pretrained)
     for file in ("backbone.pth", "huggingface"):
-        other = dense_heads.load_backbone("vitn14_reg", weights=run / file)
+        other = dense_heads.load_backbone("vitn14_reg", weights=pretrained / file)
         assert other.fingerprint() == own.fingerprint()
-    card = json.loads((run / "card.json").read_text())
+    card = json.loads((pretrained / "card.json").read_text())
     assert card["fingerprint"] == own.fingerprint() and card["images"]["number"] == 7 and card["steps"] == 6
     random = dense_heads.load_backbone("vitn14_reg", weights=None)
     assert own.fingerprint() != random.fingerprint()
 
 
-def test_the_result_is_the_running_mean_of_the_student(run):
-    state = load_checkpoint(run / "checkpoints" / "step=00000006.ckpt")["state_dict"]
-    kept = load_file(run / "backbone.safetensors")
+def test_the_result_is_the_running_mean_of_the_student(pretrained):
+    state = load_checkpoint(pretrained / "checkpoints" / "step=00000006.ckpt")["state_dict"]
+    kept = load_file(pretrained / "backbone.safetensors")
     for key, tensor in kept.items():
         assert torch.equal(tensor, state[f"ema.backbone.{key}"])
     assert not torch.equal(kept["pos_embed"], state["student.backbone.pos_embed"])
 
 
-def test_curves_hold_what_a_person_looks_for(run):
-    rows = list(csv.DictReader((run / "metrics.csv").open()))
+def test_curves_hold_what_a_person_looks_for(pretrained):
+    rows = list(csv.DictReader((pretrained / "metrics.csv").open()))
     wanted = {"train/loss", "train/dino", "train/ibot", "train/koleo", "train/features", "teacher/entropy"}
     wanted |= {"teacher/information", "val/knn1_top1", "val/rank", "images_per_s", "lr", "momentum"}
     assert wanted <= set(rows[0])
@@ -96,15 +57,15 @@ def test_curves_hold_what_a_person_looks_for(run):
     assert float(last["val/knn1_top1"]) == 1.0  # dark and light pictures
 
 
-def test_training_can_go_on_from_weights_and_serve_a_head(run, tiny_ssl, tmp_path):
-    again = [*tiny_ssl, f"backbone.weights={run}", "trainer.max_steps=1", "trainer.val_check_interval=1"]
+def test_training_can_go_on_from_weights_and_serve_a_head(pretrained, tiny_ssl, tmp_path):
+    again = [*tiny_ssl, f"backbone.weights={pretrained}", "trainer.max_steps=1", "trainer.val_check_interval=1"]
     assert main([*again, "optim.lr=0", "optim.min_lr=0", f"run_dir={tmp_path / 'again'}"]) == 0
-    before, after = (load_file(folder / "backbone.safetensors") for folder in (run, tmp_path / "again"))
+    before, after = (load_file(folder / "backbone.safetensors") for folder in (pretrained, tmp_path / "again"))
     for key in before:
         torch.testing.assert_close(before[key], after[key])
 
 
-def test_a_run_that_broke_off_ends_with_the_same_bits(run, tiny_ssl, tmp_path, monkeypatch):
+def test_a_run_that_broke_off_ends_with_the_same_bits(pretrained, tiny_ssl, tmp_path, monkeypatch):
     broken = tmp_path / "broken"
     losses = PretrainingModule.losses
 
@@ -118,7 +79,7 @@ def test_a_run_that_broke_off_ends_with_the_same_bits(run, tiny_ssl, tmp_path, m
         main([*tiny_ssl, "task.objective.features=1", "callbacks.checkpoints.every=2", f"run_dir={broken}"])
     monkeypatch.setattr(PretrainingModule, "losses", losses)
     assert main([f"resume={broken}"]) == 0
-    assert_same_bits(run, broken, step=6)
+    assert_same_bits(pretrained, broken, step=6)
 
 
 @pytest.mark.slow
@@ -159,6 +120,7 @@ def assert_same_bits(whole, stopped, step):
         ("backbone=pixels", "nothing to train"),
         ("optim.warmup=1", "warmup"),
         ("task.formats=[onnx]", "huggingface"),
+        ("students=[vitt14_reg]", "task=distillation"),
     ],
 )
 def test_mistakes_end_before_training(tiny_ssl, tmp_path, capsys, override, words):
@@ -191,7 +153,13 @@ def module(objective, **recipe):
     # LayerScale of 5: a fresh ViT hardly looks at its image, and KoLeo's gradients then magnify what rounding leaves.
     vit = VisionTransformer(12, 2, 2, 2, grid_size=4, interpolate_antialias=True, interpolate_offset=0.0, layer_scale=5)
     made = PretrainingModule(
-        vit, objective, torch.optim.SGD, Recipe(10, 0.1, warmup=0.0, **recipe), Collapse(), NeighbourProbe(), seed=0
+        {"": vit},
+        objective,
+        torch.optim.SGD,
+        Recipe(10, 0.1, warmup=0.0, **recipe),
+        Collapse(),
+        NeighbourProbe(),
+        seed=0,
     )
     made.log = made.log_dict = lambda *_, **__: None
     return made
@@ -300,6 +268,34 @@ def assert_as_good_as_equal(ours, theirs, name):
     """Each entry to 1e-5 of the tensor's largest: entries whose true value is nearly zero hold nothing but rounding."""
     scale = float(theirs.float().abs().max())
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * scale, msg=lambda text: f"{name}: {text}")
+
+
+@pytest.mark.slow
+def test_the_command_on_two_processes_learns_what_it_does_on_one(tiny_ssl, tmp_path):
+    """Real DDP, crops, masks and sampler; plain SGD, because AdamW makes much of gradients that are nearly zero."""
+    same = [
+        "optim.optimizer._target_=torch.optim.SGD",
+        "~optim.optimizer.betas",
+        "optim.lr=0.01",
+        "optim.warmup=0",
+        "optim.clip_norm=null",
+        "task.objective.koleo_gather=true",
+        "task.objective.features=1",
+        "task.backbone={drop_path: 0, layer_scale: 5}",  # as in `module`
+        "trainer.max_steps=5",
+        "trainer.val_check_interval=5",
+    ]
+    assert main([*tiny_ssl, *same, f"run_dir={tmp_path / 'one'}"]) == 0
+    run_command([*tiny_ssl, *same, *TWO, f"run_dir={tmp_path / 'two'}"])
+    states = [load_checkpoint(tmp_path / name / "checkpoints" / "step=00000005.ckpt") for name in ("one", "two")]
+    one, two = (state["state_dict"] for state in states)
+    assert one.keys() == two.keys()
+    for key, theirs in one.items():
+        assert_as_good_as_equal(two[key], theirs, key)
+    rows = [list(csv.DictReader((tmp_path / name / "metrics.csv").open())) for name in ("one", "two")]
+    for ours, theirs in zip(*rows, strict=True):
+        for key in ("train/loss", "train/dino", "train/ibot", "train/koleo", "train/features", "teacher/entropy"):
+            assert float(ours[key] or 0) == pytest.approx(float(theirs[key] or 0), rel=1e-5)
 
 
 def test_a_run_of_unequal_weights_is_refused():

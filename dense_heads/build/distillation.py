@@ -1,0 +1,136 @@
+"""The distillation family: teacher, method and module."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+from safetensors.torch import load_file
+
+from dense_heads.backbones.vit import VisionTransformer
+from dense_heads.build.config import is_random, plain
+from dense_heads.build.heads import frozen_backbone
+from dense_heads.build.pretraining import objective
+from dense_heads.errors import UserError, unknown_name
+from dense_heads.heads.dino import HEADS_FILE, DINOHead
+from dense_heads.metrics.neighbours import NeighbourProbe
+from dense_heads.training.backbone import BackboneTraining, Collapse, Recipe
+from dense_heads.training.distillation import FeatureDistillation, FeatureObjective, HeadDistillation
+
+METHODS = ("auto", "features", "heads")
+WHY_FEATURES = (
+    "The teacher comes without the heads that it was trained with (those of the official weights were never "
+    "published). A frozen teacher with random prototypes teaches nothing, so its features are matched."
+)
+
+
+def method(cfg: DictConfig) -> str:
+    """`features` or `heads`.
+
+    Raises:
+        UserError: no teacher, an unknown method, or heads are asked for that the teacher has not.
+    """
+    if "teacher" not in cfg:
+        raise UserError(
+            "task=distillation needs a teacher: teacher=vitg14_reg, and teacher.weights=... for its weights."
+        )
+    if cfg.task.method not in METHODS:
+        raise unknown_name("task.method:", str(cfg.task.method), METHODS)
+    has_heads = _heads_file(cfg).is_file()
+    if cfg.task.method == "heads" and not has_heads:
+        raise UserError(
+            f"task.method=heads needs a teacher with its heads: teacher.weights={cfg.teacher.weights} is no run of "
+            f"task=pretraining that kept them ({HEADS_FILE}). Use task.method=features."
+        )
+    if cfg.task.method == "auto":
+        return "heads" if has_heads else "features"
+    return str(cfg.task.method)
+
+
+def crops(cfg: DictConfig) -> dict[str, Any]:
+    """What differs from `task.crops`: features are matched on global crops alone."""
+    return {"num_local": 0} if method(cfg) == "features" else {}
+
+
+def module(
+    cfg: DictConfig,
+    students: Mapping[str, VisionTransformer],
+    recipe: Recipe,
+    collapse: Collapse,
+    probe: NeighbourProbe | None,
+) -> BackboneTraining:
+    """The LightningModule."""
+    chosen = method(cfg)
+    matched = FeatureObjective(**plain(cfg.task.features))
+    teacher = frozen_backbone(cfg.teacher)
+    for student in students.values():
+        if student.patch_size != teacher.backbone.patch_size:
+            raise UserError(
+                f"{student.name} has patches of {student.patch_size} pixels, the teacher {teacher.backbone.name} of "
+                f"{teacher.backbone.patch_size}; expected equal ones."
+            )
+    optimizer = instantiate(cfg.optim.optimizer)
+    if chosen == "features":
+        return FeatureDistillation(students, teacher, matched, optimizer, recipe, collapse, probe, cfg.seed)
+    arguments = _heads_of_run(Path(cfg.teacher.weights))
+    heads = {name: DINOHead(teacher.backbone.embed_dim, **options) for name, options in arguments.items()}
+    _load_heads(heads, _heads_file(cfg))
+    terms = objective(cfg, heads=arguments)
+    return HeadDistillation(students, teacher, heads, terms, optimizer, recipe, collapse, probe, cfg.seed)
+
+
+def facts(cfg: DictConfig, made: BackboneTraining) -> dict[str, Any]:
+    """What the card says of the objective and the teacher."""
+    assert isinstance(made, FeatureDistillation | HeadDistillation)
+    by_features = isinstance(made, FeatureDistillation)
+    return {
+        "teacher": {
+            "name": cfg.teacher.name,
+            "weights": cfg.teacher.weights,
+            "fingerprint": made.teacher.fingerprint(),
+            "precision": made.teacher.precision,
+            "random": is_random(cfg.teacher),
+        },
+        "method": "features" if by_features else "heads",
+        "reason": WHY_FEATURES if by_features and not _heads_file(cfg).is_file() else None,
+        "objective": plain(cfg.task.features) if by_features else {**vars(made.objective)},
+    }
+
+
+def _heads_file(cfg: DictConfig) -> Path:
+    return Path(str(cfg.teacher.weights), HEADS_FILE)
+
+
+def _heads_of_run(run: Path) -> dict[str, dict[str, int]]:
+    """How the heads of a pre-training run are made; whole numbers only, whatever the card says.
+
+    Raises:
+        UserError: there is no card, or it says something else.
+    """
+    path = run / "card.json"
+    try:
+        described = json.loads(path.read_text(encoding="utf-8"))["objective"]["heads"]
+        keys = ("num_prototypes", "hidden_dim", "bottleneck_dim")
+        return {
+            name: {key: int(described[name][key]) for key in keys if key in described[name]}
+            for name in ("dino", "ibot")
+            if name in described
+        }
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} does not say how the teacher's heads are made ({error}).") from error
+
+
+def _load_heads(heads: Mapping[str, DINOHead], path: Path) -> None:
+    state = load_file(path)
+    for name, head in heads.items():
+        own = {
+            key.removeprefix(f"{name}_head."): tensor
+            for key, tensor in state.items()
+            if key.startswith(f"{name}_head.")
+        }
+        try:
+            head.load_state_dict(own)
+        except RuntimeError as error:
+            raise UserError(f"{path} does not fit its card: {' '.join(str(error).split())[:400]}") from error
