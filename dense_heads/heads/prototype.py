@@ -21,6 +21,15 @@ class _Seen:
     labelled: Tensor  # (h, w)
 
 
+@dataclass(frozen=True)
+class _Parts:
+    """What one support image brings to the prototypes."""
+
+    sums: Tensor  # (K, D) over its patches
+    local: Tensor  # (n, D), of its cells
+    classes: Tensor  # (n,)
+
+
 class PrototypeHead(TrainingFreeHead):
     """Class prototypes of a few support images, matched densely by cosine; no training.
 
@@ -89,7 +98,8 @@ class PrototypeHead(TrainingFreeHead):
         if not self._seen:
             raise UserError("head=prototype has seen no support images. Set support=5, or name some: support=[ID,ID].")
         self.mean = torch.cat([seen.features.flatten(1) for seen in self._seen], dim=1).mean(dim=1)
-        self.prototypes, self.classes = self._made_from(self._seen)
+        parts = [self._parts_of(seen) for seen in self._seen]
+        self.prototypes, self.classes = self._together(parts)
         missing = sorted(set(range(self.num_outputs)) - set(self.classes.tolist()))
         if missing:
             raise UserError(
@@ -98,7 +108,7 @@ class PrototypeHead(TrainingFreeHead):
             )
         self.offsets = torch.zeros(self.num_outputs, device=self.mean.device)
         if self.calibrate:
-            self.offsets = self._chosen_offsets()
+            self.offsets = self._chosen_offsets(parts)
         self._seen = []
 
     def forward(self, features: Features) -> Tensor:
@@ -110,25 +120,26 @@ class PrototypeHead(TrainingFreeHead):
         """(..., D, h, w) without the mean patch, of length 1."""
         return F.normalize(maps - self.mean[:, None, None], dim=-3)
 
-    def _made_from(self, support: Sequence[_Seen]) -> tuple[Tensor, Tensor]:
+    def _parts_of(self, seen: _Seen) -> _Parts:
+        """What one support image brings to the prototypes."""
+        maps = self._centred(seen.features)
+        weights = seen.shares * seen.labelled  # (K, h, w)
+        numbers = range(self.num_outputs) if self.grid else range(0)
+        local = [self._local(maps, weights[number], seen.labelled) for number in numbers]
+        classes = [torch.full((len(own),), number, device=maps.device) for number, own in enumerate(local)]
+        nothing = maps.new_zeros(0, len(maps))
+        return _Parts(
+            sums=torch.einsum("khw,dhw->kd", weights, maps),
+            local=torch.cat([nothing, *local]),
+            classes=torch.cat([nothing[:, 0].long(), *classes]),
+        )
+
+    def _together(self, parts: Sequence[_Parts]) -> tuple[Tensor, Tensor]:
         """Prototypes (P, D) and their classes (P,)."""
-        made: list[Tensor] = []
-        classes: list[int] = []
-        sums = torch.zeros(self.num_outputs, len(self.mean), device=self.mean.device)
-        for seen in support:
-            maps = self._centred(seen.features)
-            weights = seen.shares * seen.labelled  # (K, h, w)
-            sums += torch.einsum("khw,dhw->kd", weights, maps)
-            for number in range(self.num_outputs) if self.grid else ():
-                for prototype in self._local(maps, weights[number], seen.labelled):
-                    made.append(prototype)
-                    classes.append(number)
-        for number, total in enumerate(sums):
-            if total.abs().sum() > 0:
-                made.append(total)
-                classes.append(number)
-        stacked = torch.stack(made) if made else self.prototypes[:0]
-        return F.normalize(stacked, dim=1), torch.tensor(classes, dtype=torch.long, device=self.mean.device)
+        sums = torch.stack([part.sums for part in parts]).sum(dim=0)
+        there = (sums.abs().sum(dim=1) > 0).nonzero()[:, 0]
+        made = torch.cat([*(part.local for part in parts), sums[there]])
+        return F.normalize(made, dim=1), torch.cat([*(part.classes for part in parts), there])
 
     def _local(self, maps: Tensor, weights: Tensor, labelled: Tensor) -> Tensor:
         """Means (n, D) over the cells that belong to a class."""
@@ -150,11 +161,11 @@ class PrototypeHead(TrainingFreeHead):
                 scores.append((own.softmax(dim=-3) * own).sum(dim=-3))
         return torch.stack(scores, dim=-3)
 
-    def _chosen_offsets(self) -> Tensor:
+    def _chosen_offsets(self, parts: Sequence[_Parts]) -> Tensor:
         scores, shares = [], []
         for index, seen in enumerate(self._seen):
-            others = [*self._seen[:index], *self._seen[index + 1 :]] or [seen]
-            scores.append(self._scores(seen.features, *self._made_from(others)).flatten(1))
+            others = [*parts[:index], *parts[index + 1 :]] or parts
+            scores.append(self._scores(seen.features, *self._together(others)).flatten(1))
             shares.append((seen.shares * seen.labelled).flatten(1))
         return best_offsets(torch.cat(scores, dim=1), torch.cat(shares, dim=1))
 
