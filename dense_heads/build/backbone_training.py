@@ -79,16 +79,13 @@ def make_students(cfg: DictConfig) -> dict[str, VisionTransformer]:
     """What learns, by the ending of its parts' names: `backbone`, or in its place the `students`, from random weights.
 
     Raises:
-        UserError: several where one learns, one twice, or one that has nothing to train.
+        UserError: one twice, or one that has nothing to train.
     """
     if cfg.students is None:
         return {"": make_student(cfg, cfg.backbone)}
     names = [str(name) for name in cfg.students]
-    if cfg.task.family != "distillation" or not names or len(set(names)) < len(names):
-        raise UserError(
-            f"students=[{','.join(names)}] with task={cfg.task.name}; expected different backbones, with "
-            "task=distillation. One alone is backbone=NAME."
-        )
+    if not names or len(set(names)) < len(names):
+        raise UserError(f"students=[{','.join(names)}]; expected different backbones. One alone is backbone=NAME.")
     nodes = {name: recomposed("backbone", name).backbone for name in names}
     for node in nodes.values():
         node.weights = None

@@ -23,10 +23,14 @@ def refuse_bad_values(cfg: DictConfig) -> None:
     """Check what can be checked before anything is made.
 
     Raises:
-        UserError: a number where it makes no sense, an unknown choice, or a `data` key that the task does not use.
+        UserError: a number where it makes no sense, an unknown choice, or a `data` key, a teacher or students that the
+            task does not use.
     """
     _refuse_bad_numbers(cfg)
     _refuse_unused_data_keys(cfg)
+    for key in ("teacher", "students"):
+        if cfg.get(key) is not None and cfg.task.family != "distillation":
+            raise UserError(f"{key} is set, but task={cfg.task.name} trains no student of it. Use task=distillation.")
 
 
 def _refuse_bad_numbers(cfg: DictConfig) -> None:

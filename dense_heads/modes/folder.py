@@ -104,6 +104,8 @@ def _chosen_folder(cfg: DictConfig) -> Path:
 def _name(cfg: DictConfig) -> str:
     """What the runs of a task are sorted by."""
     choices = HydraConfig.get().runtime.choices
+    if "teacher" in cfg:
+        return f"{'+'.join(cfg.students or [cfg.backbone.name])}-from-{cfg.teacher.name}"
     return f"sweep-{choices['sweep']}" if cfg.mode == "sweep" else f"{cfg.backbone.name}-{choices['head']}"
 
 

@@ -121,6 +121,7 @@ def assert_same_bits(whole, stopped, step):
         ("optim.warmup=1", "warmup"),
         ("task.formats=[onnx]", "huggingface"),
         ("students=[vitt14_reg]", "task=distillation"),
+        ("teacher=vitn14_reg", "task=distillation"),
     ],
 )
 def test_mistakes_end_before_training(tiny_ssl, tmp_path, capsys, override, words):
