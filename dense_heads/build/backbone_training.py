@@ -15,8 +15,10 @@ from dense_heads.backbones.vit import VisionTransformer
 from dense_heads.build import distillation, pretraining
 from dense_heads.build.config import plain, recomposed
 from dense_heads.build.heads import HOW_IT_RUNS
+from dense_heads.data.classification import ClassificationDataset, check_classification, collate_train
+from dense_heads.data.classification_transforms import CentreEvalTransform
 from dense_heads.data.crops import published_crops
-from dense_heads.data.labelled import LabelledImages, class_names, collate_labelled, labelled_images
+from dense_heads.data.datasets.class_folders import ClassFolders
 from dense_heads.data.selfsupervised import SelfSupervisedData
 from dense_heads.data.unlabelled import CropDataset, ImageSource, InMemory, collate_crops, find_images
 from dense_heads.errors import UserError
@@ -58,7 +60,7 @@ def make_backbone_parts(cfg: DictConfig) -> BackboneParts:
         batch_size=cfg.data.batch_size,
         max_steps=cfg.trainer.max_steps,
         collate_train=collate_crops,
-        collate_eval=collate_labelled,
+        collate_eval=collate_train,
         eval_batch_size=cfg.data.eval_batch_size,
         num_workers=cfg.data.num_workers,
         seed=cfg.seed,
@@ -111,14 +113,17 @@ def _crops(cfg: DictConfig) -> dict[str, Any]:
     return {key: value for key, value in plain(cfg.task.crops).items() if key != "fast"}
 
 
-def _probe_data(cfg: DictConfig) -> tuple[LabelledImages | None, LabelledImages | None]:
+def _probe_data(cfg: DictConfig) -> tuple[ClassificationDataset | None, ClassificationDataset | None]:
+    """Bank and queries of the k-NN probe: training images of `task.probe.root`, and test or validation images."""
     options = cfg.task.probe
     if options.root is None:
         return None, None
     root = Path(options.root).expanduser()
-    names = class_names(root / "train")
-    queries = next((root / name for name in ("test", "val", "validation") if (root / name).is_dir()), root / "test")
-    bank, query = (
-        LabelledImages(labelled_images(f, names), options.resize, options.crop) for f in (root / "train", queries)
-    )
+    queries = next((name for name in ("test", "val", "validation") if (root / name).exists()), "test")
+    hint = "task.probe.root=FOLDER, or null for no probe"
+    reader = ClassFolders(root, splits={"train": "train", "val": queries}, hint=hint)
+    samples = {"train": reader.samples("train"), "val": reader.samples("val")}
+    check_classification(samples, reader.categories)
+    transform = CentreEvalTransform(options.resize, options.crop)
+    bank, query = (ClassificationDataset(found, reader.categories, transform) for found in samples.values())
     return bank, query

@@ -4,17 +4,31 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 import torchvision.transforms.v2.functional as TF
 from PIL import Image
 from torch import Tensor
 
 from dense_heads.data.crops import random_box
-from dense_heads.data.labelled import center_picture, center_view
+from dense_heads.data.images import UInt8
 from dense_heads.data.transforms import Array, EvalTransform
 from dense_heads.errors import UserError
+from dense_heads.structures import IMAGENET_MEAN, IMAGENET_STD
 
 # The import above has already told albumentations not to ask the network for its version.
 import albumentations as A  # isort: skip
+
+
+def center_picture(image: UInt8, resize: int, crop: int) -> Any:
+    """(H, W, 3) -> a PIL image: the short side resized (bicubic, antialiased), then the centre of `crop` pixels."""
+    picture = TF.resize(Image.fromarray(image), [resize], interpolation=TF.InterpolationMode.BICUBIC, antialias=True)
+    return TF.center_crop(picture, [crop, crop])
+
+
+def center_view(image: UInt8, resize: int, crop: int) -> Tensor:
+    """The same, ImageNet-normalised: (3, crop, crop)."""
+    pixels = torch.from_numpy(np.array(center_picture(image, resize, crop))).permute(2, 0, 1).float()
+    return (pixels - torch.tensor(IMAGENET_MEAN).view(3, 1, 1)) / torch.tensor(IMAGENET_STD).view(3, 1, 1)
 
 
 def published_resize(crop: int) -> int:
