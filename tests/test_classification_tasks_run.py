@@ -56,6 +56,7 @@ def test_knn_needs_no_training_and_says_so(knn):
     assert found["family"] == "classification" and found["steps"] == 0 and found["head"]["name"] == "knn"
     assert found["metrics"]["val/top1"] == found["metrics"]["val/macc"] == 1.0  # shades
     assert [row["k"] for row in found["candidates"]] == [1, 3]
+    assert found["selected_on"].startswith("nothing is trained; the best of 2 candidates on validation")
     assert any("not trained: 12" in note for note in found["notes"])
     assert list((knn / "pictures" / "val").glob("*.png")) and (knn / "report.html").stat().st_size > 1000
 

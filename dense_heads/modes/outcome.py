@@ -159,6 +159,8 @@ def _selected_on(cfg: DictConfig, module: DenseModule, num_trials: int, stage: s
     chosen = (
         "the last checkpoint" if cfg.task.protocol.select == "last" else "the checkpoint that was best on validation"
     )
+    if module.training_free:
+        chosen = "nothing is trained"
     if num_candidates > 1:
         chosen += f"; the best of {num_candidates} candidates on validation"
     if num_trials > 1:
