@@ -18,8 +18,6 @@ from dense_heads.metrics.neighbours import NeighbourProbe
 from dense_heads.training.backbone import Collapse, Recipe
 from dense_heads.training.checkpoints import load_checkpoint
 from dense_heads.training.pretraining import CENTERINGS, Objective, PretrainingModule
-from tests.training.test_distributed import TWO
-from tests.training.test_distributed import run as run_command
 from tests.training.test_resume import Killed, kill_after, start, tensors
 
 HEADS = {name: {"num_prototypes": 12, "hidden_dim": 16, "bottleneck_dim": 8} for name in ("dino", "ibot")}
@@ -269,34 +267,6 @@ def assert_as_good_as_equal(ours, theirs, name):
     """Each entry to 1e-5 of the tensor's largest: entries whose true value is nearly zero hold nothing but rounding."""
     scale = float(theirs.float().abs().max())
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5 * scale, msg=lambda text: f"{name}: {text}")
-
-
-@pytest.mark.slow
-def test_the_command_on_two_processes_learns_what_it_does_on_one(tiny_ssl, tmp_path):
-    """Real DDP, crops, masks and sampler; plain SGD, because AdamW makes much of gradients that are nearly zero."""
-    same = [
-        "optim.optimizer._target_=torch.optim.SGD",
-        "~optim.optimizer.betas",
-        "optim.lr=0.01",
-        "optim.warmup=0",
-        "optim.clip_norm=null",
-        "task.objective.koleo_gather=true",
-        "task.objective.features=1",
-        "task.backbone={drop_path: 0, layer_scale: 5}",  # as in `module`
-        "trainer.max_steps=5",
-        "trainer.val_check_interval=5",
-    ]
-    assert main([*tiny_ssl, *same, f"run_dir={tmp_path / 'one'}"]) == 0
-    run_command([*tiny_ssl, *same, *TWO, f"run_dir={tmp_path / 'two'}"])
-    states = [load_checkpoint(tmp_path / name / "checkpoints" / "step=00000005.ckpt") for name in ("one", "two")]
-    one, two = (state["state_dict"] for state in states)
-    assert one.keys() == two.keys()
-    for key, theirs in one.items():
-        assert_as_good_as_equal(two[key], theirs, key)
-    rows = [list(csv.DictReader((tmp_path / name / "metrics.csv").open())) for name in ("one", "two")]
-    for ours, theirs in zip(*rows, strict=True):
-        for key in ("train/loss", "train/dino", "train/ibot", "train/koleo", "train/features", "teacher/entropy"):
-            assert float(ours[key] or 0) == pytest.approx(float(theirs[key] or 0), rel=1e-5)
 
 
 def test_a_run_of_unequal_weights_is_refused():
