@@ -4,6 +4,7 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+import wandb
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from PIL import Image
 from run_folders import NAMES, PALETTE, coarse, scenes
@@ -244,6 +245,7 @@ def test_wandb_offline_gets_pictures(tmp_path, monkeypatch):
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    wandb.teardown()  # an earlier test of this process may have settled that there is a network
     logger = WandbLogger(save_dir=tmp_path, project="test", offline=True)
     trainer(tmp_path, PictureCallback(tmp_path, panel, "mask", num=1), logger).test(
         Module(), batches(tmp_path), verbose=False
