@@ -5,11 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from PIL.Image import Image
 
-from dense_heads.build.config import plain
+from dense_heads.build.config import module_arguments, plain
 from dense_heads.build.data import Loaded, read_samples, training_steps
 from dense_heads.data.classes import Classes, default_palette, read_classes
 from dense_heads.data.classification import ClassificationDataset, check_classification, collate_eval, collate_train
@@ -78,10 +77,7 @@ def module(
     return ClassificationModule(
         frozen,
         candidates,
-        instantiate(cfg.optim.optimizer),
-        primary=cfg.task.metrics.primary,
-        direction=cfg.task.metrics.direction,
-        seed=cfg.seed,
+        **module_arguments(cfg),
         inference=Inference(**plain(cfg.task.inference)),
         class_names=loaded.classes.names,
     )

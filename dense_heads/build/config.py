@@ -8,6 +8,7 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict, read_write
 
 from dense_heads.backbones.pixels import WITHOUT_NETWORK
@@ -25,6 +26,13 @@ def plain(node: Any) -> dict[str, Any]:
 def composed(overrides: list[str]) -> DictConfig:
     """Another composition of the same config, inside a running command."""
     return compose(config_name="config", overrides=overrides)
+
+
+def module_arguments(cfg: DictConfig) -> dict[str, Any]:
+    """What the modules of all dense families are given alike: optimiser, the metric that ranks candidates, seed."""
+    metrics = cfg.task.metrics
+    optimizer = instantiate(cfg.optim.optimizer)
+    return {"optimizer": optimizer, "primary": metrics.primary, "direction": metrics.direction, "seed": cfg.seed}
 
 
 @contextmanager

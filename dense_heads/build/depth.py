@@ -6,10 +6,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from dense_heads.build.config import plain
+from dense_heads.build.config import module_arguments, plain
 from dense_heads.build.data import Loaded, num_measured, read_samples, training_steps
 from dense_heads.data.blind_depth import blind_depths, read_label
 from dense_heads.data.classes import Classes
@@ -58,10 +57,7 @@ def module(cfg: DictConfig, loaded: Loaded, frozen: FrozenBackbone, candidates: 
     return DepthModule(
         frozen,
         candidates,
-        instantiate(cfg.optim.optimizer),
-        primary=cfg.task.metrics.primary,
-        direction=cfg.task.metrics.direction,
-        seed=cfg.seed,
+        **module_arguments(cfg),
         inference=Inference(**plain(cfg.task.inference)),
         evaluation=_evaluation(cfg),
     )

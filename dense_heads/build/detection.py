@@ -5,11 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from PIL.Image import Image
 
-from dense_heads.build.config import plain
+from dense_heads.build.config import module_arguments, plain
 from dense_heads.build.data import Loaded, read_samples, training_steps
 from dense_heads.data.classes import Classes, default_palette, read_classes
 from dense_heads.data.datasets.base import shorten
@@ -76,10 +75,7 @@ def module(cfg: DictConfig, loaded: Loaded, frozen: FrozenBackbone, candidates: 
     return DetectionModule(
         frozen,
         candidates,
-        instantiate(cfg.optim.optimizer),
-        primary=cfg.task.metrics.primary,
-        direction=cfg.task.metrics.direction,
-        seed=cfg.seed,
+        **module_arguments(cfg),
         inference=DetectionInference(**plain(cfg.task.inference)),
         class_names=loaded.classes.names,
         evaluation={"with_masks": bool(cfg.task.masks), **plain(cfg.task.evaluation)},

@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from dense_heads.build import otsu
-from dense_heads.build.config import plain
+from dense_heads.build.config import module_arguments, plain
 from dense_heads.build.data import Loaded
 from dense_heads.build.medical_data import classes, cut, has_volumes, label_rule, load, objects
 from dense_heads.errors import UserError
@@ -46,10 +45,7 @@ def module(cfg: DictConfig, loaded: Loaded, frozen: FrozenBackbone, candidates: 
     return MedicalModule(
         frozen,
         candidates,
-        instantiate(cfg.optim.optimizer),
-        primary=cfg.task.metrics.primary,
-        direction=cfg.task.metrics.direction,
-        seed=cfg.seed,
+        **module_arguments(cfg),
         inference=Inference(**plain(cfg.task.inference)),
         class_names=loaded.classes.names,
         protocol=protocol(cfg),

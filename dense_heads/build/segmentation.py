@@ -4,11 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from PIL.Image import Image
 
-from dense_heads.build.config import plain
+from dense_heads.build.config import module_arguments, plain
 from dense_heads.build.data import Loaded, own_run, read_samples, training_steps
 from dense_heads.data.checks import check_segmentation
 from dense_heads.data.classes import Classes, read_classes
@@ -60,10 +59,7 @@ def module(
     return SegmentationModule(
         frozen,
         candidates,
-        instantiate(cfg.optim.optimizer),
-        primary=cfg.task.metrics.primary,
-        direction=cfg.task.metrics.direction,
-        seed=cfg.seed,
+        **module_arguments(cfg),
         num_classes=cfg.task.num_classes,
         inference=Inference(**plain(cfg.task.inference)),
         class_names=loaded.classes.names,
