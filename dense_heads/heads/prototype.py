@@ -39,7 +39,8 @@ class PrototypeHead(TrainingFreeHead):
     is taken out first, without which all patches of a backbone look alike.
 
     Scores of all classes but the first get an offset each, in place of a threshold: chosen so that the Dice of the
-    support is largest, each support image predicted by the prototypes of the others (one alone by its own).
+    support is largest, each support image predicted by the prototypes of the others (one alone by its own). An image
+    that is looked at in windows counts as so many images: windows that overlap help to predict each other.
 
     Args:
         in_channels: width of each chosen block's map.
