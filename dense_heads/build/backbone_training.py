@@ -12,6 +12,7 @@ from omegaconf import DictConfig
 
 from dense_heads.backbones.pixels import WITHOUT_NETWORK
 from dense_heads.backbones.vit import VisionTransformer
+from dense_heads.backbones.whitening import start_whitened
 from dense_heads.build import distillation, pretraining
 from dense_heads.build.config import plain, recomposed
 from dense_heads.build.heads import HOW_IT_RUNS
@@ -20,12 +21,14 @@ from dense_heads.data.classification_transforms import CentreEvalTransform
 from dense_heads.data.crops import published_crops
 from dense_heads.data.datasets.class_folders import ClassFolders
 from dense_heads.data.selfsupervised import SelfSupervisedData
-from dense_heads.data.unlabelled import CropDataset, ImageSource, InMemory, collate_crops, find_images
-from dense_heads.errors import UserError
+from dense_heads.data.unlabelled import CropDataset, ImageSource, InMemory, collate_crops, find_images, sample_patches
+from dense_heads.errors import UserError, unknown_name
 from dense_heads.metrics.neighbours import NeighbourProbe
 from dense_heads.training.backbone import BackboneTraining, Collapse, Recipe
 
 log = logging.getLogger("dense_heads")
+
+STARTS = ("published", "whitened")  # of random weights
 
 # A family here is a module with `module(cfg, students, recipe, collapse, probe)`, `crops` and `facts`.
 BACKBONE_FAMILIES: dict[str, ModuleType] = {"pretraining": pretraining, "distillation": distillation}
@@ -49,10 +52,10 @@ def make_backbone_parts(cfg: DictConfig) -> BackboneParts:
     found = find_images(cfg.data.root)
     crops = published_crops(cfg.seed, cfg.data.image_size, **{**_crops(cfg), **family.crops(cfg)})
     bank, queries = _probe_data(cfg)
-    students = make_students(cfg)
+    source: ImageSource = found if cfg.data.in_memory is None else InMemory(found, cfg.data.in_memory)
+    students = make_students(cfg, source)
     probe = NeighbourProbe(cfg.task.probe.ks) if bank is not None else None
     module = family.module(cfg, students, recipe(cfg), Collapse(**plain(cfg.task.collapse)), probe)
-    source: ImageSource = found if cfg.data.in_memory is None else InMemory(found, cfg.data.in_memory)
     data = SelfSupervisedData(
         CropDataset(source, crops, cfg.task.crops.fast),
         bank,
@@ -77,25 +80,28 @@ def recipe(cfg: DictConfig) -> Recipe:
     return Recipe(max_steps=cfg.trainer.max_steps, lr=float(lr), **options)
 
 
-def make_students(cfg: DictConfig) -> dict[str, VisionTransformer]:
+def make_students(cfg: DictConfig, images: ImageSource) -> dict[str, VisionTransformer]:
     """What learns, by the ending of its parts' names: `backbone`, or in its place the `students`, from random weights.
 
     Raises:
         UserError: one twice, or one that has nothing to train.
     """
     if cfg.students is None:
-        return {"": make_student(cfg, cfg.backbone)}
+        return {"": make_student(cfg, cfg.backbone, images)}
     names = [str(name) for name in cfg.students]
     if not names or len(set(names)) < len(names):
         raise UserError(f"students=[{','.join(names)}]; expected different backbones. One alone is backbone=NAME.")
     nodes = {name: recomposed("backbone", name).backbone for name in names}
     for node in nodes.values():
         node.weights = None
-    return {f"/{name}": make_student(cfg, node) for name, node in nodes.items()}
+    return {f"/{name}": make_student(cfg, node, images) for name, node in nodes.items()}
 
 
-def make_student(cfg: DictConfig, node: DictConfig) -> VisionTransformer:
-    """A backbone that learns; from its `weights`, or random with the recipe's LayerScale."""
+def make_student(cfg: DictConfig, node: DictConfig, images: ImageSource) -> VisionTransformer:
+    """A backbone that learns; from its `weights`, or random with the recipe's LayerScale and `start`."""
+    start = cfg.task.backbone.start
+    if start not in STARTS:
+        raise unknown_name("task.backbone.start", str(start), STARTS)
     arguments = {key: value for key, value in plain(node).items() if key not in HOW_IT_RUNS}
     if node.name not in WITHOUT_NETWORK:
         arguments["drop_path"] = cfg.task.backbone.drop_path
@@ -106,6 +112,8 @@ def make_student(cfg: DictConfig, node: DictConfig) -> VisionTransformer:
         raise UserError(f"data.image_size={cfg.data.image_size}; expected a multiple of {student.patch_size}.")
     if node.weights is None:
         student.init_weights(node.seed, cfg.task.backbone.layer_scale)
+        if start == "whitened":
+            start_whitened(student, sample_patches(images, student.patch_size, node.seed), node.seed)
     return student
 
 

@@ -17,7 +17,8 @@ from dense_heads.structures import IMAGENET_MEAN, IMAGENET_STD
 
 BLUR_KERNEL, BLUR_SIGMA = 9, (0.1, 2.0)
 SOLARIZE_THRESHOLD = 128
-BLUR = {"published": (1.0, 0.1, 0.5), "released": (0.0, 0.9, 0.5)}  # of global crop 1, global crop 2, local crops
+# Of global crop 1, global crop 2, local crops.
+BLUR = {"published": (1.0, 0.1, 0.5), "released": (0.0, 0.9, 0.5), "none": (0.0, 0.0, 0.0)}
 
 
 @dataclass(frozen=True)
@@ -130,13 +131,14 @@ def published_crops(
     global_scale: Sequence[float] = (0.32, 1.0),
     local_scale: Sequence[float] = (0.05, 0.32),
     blur: str = "published",
+    solarize: float = 0.2,
     strength: float = 1.0,
     patch_size: int = 14,
 ) -> MultiCrop:
-    """DINOv2's recipe: two global crops, the second solarised with probability 0.2, and `num_local` local ones.
+    """DINOv2's recipe: two global crops, the second solarised with probability `solarize`, and `num_local` local ones.
 
     `blur`: `published` probabilities (1, 0.1, 0.5), or those that the `released` code really applied, because its
-    transform passes 1 - p on: (0, 0.9, 0.5).
+    transform passes 1 - p on: (0, 0.9, 0.5), or `none`.
 
     Raises:
         UserError: an unknown blur, or sizes that are no multiple of the patch.
@@ -150,7 +152,7 @@ def published_crops(
     first, second, local = BLUR[blur]
     big = CropRecipe(global_size, _pair(global_scale), blur=first, strength=strength)
     return MultiCrop(
-        [big, replace(big, blur=second, solarize=0.2)],
+        [big, replace(big, blur=second, solarize=solarize)],
         CropRecipe(local_size, _pair(local_scale), blur=local, strength=strength),
         num_local,
         seed,

@@ -17,9 +17,12 @@ from dense_heads.data.crops import MultiCrop
 from dense_heads.data.fast_crops import cut_batch
 from dense_heads.data.images import IMAGE_SUFFIXES, UInt8, list_images, read_image, to_uint8
 from dense_heads.errors import UserError
-from dense_heads.structures import Batch
+from dense_heads.ops.seeding import stable_seed
+from dense_heads.structures import IMAGENET_MEAN, IMAGENET_STD, Batch
 
 log = logging.getLogger("dense_heads")
+
+PATCHED_IMAGES = 1000  # that patches are sampled from
 
 
 class ImageFiles:
@@ -92,6 +95,29 @@ class InMemory:
 
 
 ImageSource = ImageFiles | TarShards | InMemory
+
+
+def sample_patches(source: ImageSource, patch_size: int, seed: int, number: int = 20_000) -> Tensor:
+    """(number, 3 * P * P): patches at random places of random images, ImageNet-normalised, channel by channel.
+
+    Raises:
+        UserError: an image is smaller than a patch.
+    """
+    rng = np.random.default_rng(stable_seed("patches", seed))
+    images = [source.read(int(index)) for index in rng.permutation(len(source))[:PATCHED_IMAGES]]
+    cut = np.empty((number, patch_size, patch_size, 3), np.uint8)
+    for place in range(number):
+        image = images[place % len(images)]
+        if min(image.shape[:2]) < patch_size:
+            raise UserError(
+                f"An image of {image.shape[1]} x {image.shape[0]} pixels is among the training images; expected at "
+                f"least {patch_size} x {patch_size}, a patch. Leave it out."
+            )
+        top, left = (int(rng.integers(side - patch_size + 1)) for side in image.shape[:2])
+        cut[place] = image[top : top + patch_size, left : left + patch_size]
+    pixels = torch.from_numpy(cut).permute(0, 3, 1, 2).float()
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+    return ((pixels - mean) / std).flatten(1)
 
 
 def find_images(root: str | Path) -> ImageFiles | TarShards:

@@ -107,6 +107,17 @@ def koleo_loss(features: Tensor, gather: bool = False) -> Tensor:
         return loss
 
 
+def relational_loss(features: Tensor, targets: Tensor) -> Tensor:
+    """Mean squared difference between the cosines among features (B, D) and among targets (B, E), B at least 2.
+
+    Within each process, as KoLeo is. Source: relational and similarity-preserving distillation (Park et al., arXiv
+    1904.05068; Tung and Mori, arXiv 1907.09682), on cosines.
+    """
+    own, wanted = (F.normalize(x.float(), dim=1) for x in (features, targets))
+    pairs = ~torch.eye(len(own), dtype=torch.bool, device=own.device)
+    return (own @ own.T - wanted @ wanted.T)[pairs].square().mean()
+
+
 def teacher_entropy(probabilities: Tensor) -> Tensor:
     """Mean entropy of (M, K) probabilities, in nats: ln K when the teacher says nothing, 0 when it is sure."""
     entropy: Tensor = -torch.special.xlogy(probabilities, probabilities).sum(-1).mean()

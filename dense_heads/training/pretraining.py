@@ -19,6 +19,7 @@ from dense_heads.losses.self_supervised import (
     dino_loss,
     ibot_loss,
     koleo_loss,
+    relational_loss,
     sinkhorn_knopp,
     teacher_entropy,
 )
@@ -40,6 +41,7 @@ class Objective:
     ibot: float = 1.0
     koleo: float = 0.1
     features: float = 0.0  # masked feature prediction
+    relations: float = 0.0  # beside it: images that look alike have cls tokens that do
     koleo_gather: bool = False  # neighbours over all processes; the original stays within each
     centering: str = "softmax"
     teacher_temperature: tuple[float, float] = (0.04, 0.07)
@@ -52,7 +54,14 @@ class Objective:
     def __post_init__(self) -> None:
         if self.centering not in CENTERINGS:
             raise unknown_name("centering", str(self.centering), CENTERINGS)
-        if min(self.dino, self.ibot, self.koleo, self.features) < 0 or self.dino + self.ibot + self.features <= 0:
+        if self.relations > 0 and self.features == 0:
+            raise UserError(
+                "task.objective.relations is on but features is 0. Relations are those of described images."
+            )
+        if (
+            min(self.dino, self.ibot, self.koleo, self.features, self.relations) < 0
+            or self.dino + self.ibot + self.features <= 0
+        ):
             raise UserError("The weights of the losses must be 0 or more, and one of dino, ibot, features above 0.")
 
     @property
@@ -164,7 +173,7 @@ class PretrainingModule(BackboneTraining):
             spread = torch.stack([koleo_loss(half, self.objective.koleo_gather) for half in halves]).sum()
             parts["koleo"] = self.objective.koleo * spread
         if self.objective.features > 0:
-            parts["features"] = self.objective.features * self._predicted(ending, crops[0], masks, outputs[0])
+            parts |= self._described(ending, crops[0], masks, outputs[0])
         return parts
 
     def _taught(
@@ -245,7 +254,7 @@ class PretrainingModule(BackboneTraining):
         center.update(logits)
         return probabilities
 
-    def _predicted(self, ending: str, images: Tensor, masks: Tensor, output: dict[str, Tensor]) -> Tensor:
+    def _described(self, ending: str, images: Tensor, masks: Tensor, output: dict[str, Tensor]) -> dict[str, Tensor]:
         """Masked feature prediction: patches mostly where they were hidden, the whole image from the cls token."""
         with torch.autocast(images.device.type, enabled=False):
             patches, whole = describe(images)
@@ -258,4 +267,8 @@ class PretrainingModule(BackboneTraining):
         hidden = total(masks.sum().float()).clamp(min=1) / self.trainer.world_size
         seen = total((~masks).sum().float()).clamp(min=1) / self.trainer.world_size
         weights = torch.where(masks, 1.0 / hidden, self.objective.visible / seen)
-        return (errors * weights).sum() + F.smooth_l1_loss(from_cls.float(), whole)
+        predicted = (errors * weights).sum() + F.smooth_l1_loss(from_cls.float(), whole)
+        parts = {"features": self.objective.features * predicted}
+        if self.objective.relations > 0:
+            parts["relations"] = self.objective.relations * relational_loss(output["cls_token"], whole)
+        return parts
