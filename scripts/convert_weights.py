@@ -17,18 +17,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--weights", default="official", help="official, in-house, hf:OWNER/REPOSITORY, file or folder")
     parser.add_argument("--to", required=True, help="official (.pth), huggingface (folder), timm, own (safetensors)")
     parser.add_argument("--output", required=True, help="file to write; for huggingface the folder")
+    parser.add_argument("--bfloat16", action="store_true", help="round to half the size")
     arguments = parser.parse_args(argv)
 
     # torch is loaded only now: --help answers at once
+    import torch
+
     from dense_heads.backbones.weights import load_backbone, save_backbone
 
     try:
         backbone = load_backbone(arguments.backbone, weights=arguments.weights)
-        written = save_backbone(backbone, arguments.output, arguments.to)
+        dtype = torch.bfloat16 if arguments.bfloat16 else torch.float32
+        written = save_backbone(backbone, arguments.output, arguments.to, dtype)
+        fingerprint = load_backbone(arguments.backbone, weights=written).fingerprint()
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
-    print(f"{written} ({backbone.name}, fingerprint {backbone.fingerprint()})")
+    print(f"{written} ({backbone.name}, fingerprint {fingerprint})")
     return 0
 
 

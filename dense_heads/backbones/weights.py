@@ -1,5 +1,6 @@
 """`load_backbone`: a backbone by name, with weights from wherever they are; and writing them back."""
 
+import copy
 import json
 import math
 import os
@@ -85,13 +86,16 @@ def read_weights(path: str | Path) -> State:
         raise UserError(f"{path}: {error}") from error
 
 
-def save_backbone(backbone: Backbone, path: str | Path, format: str = "own") -> Path:
+def save_backbone(
+    backbone: Backbone, path: str | Path, format: str = "own", dtype: torch.dtype = torch.float32
+) -> Path:
     """Writes the weights, atomically, and returns the file.
 
     Args:
         backbone: what to write.
         path: a file; for `huggingface` the folder, which also gets the config.json that `from_pretrained` needs.
         format: `own` (safetensors, official keys), `official` (.pth), `huggingface`, `timm` (safetensors).
+        dtype: of the file; bfloat16 halves it. Whatever it is, weights are float32 again when they are loaded.
 
     Raises:
         UserError: unknown format, a backbone without weights, or a path that cannot be written.
@@ -100,7 +104,10 @@ def save_backbone(backbone: Backbone, path: str | Path, format: str = "own") -> 
         raise unknown_name("weights format", str(format), FORMATS)
     if not isinstance(backbone, VisionTransformer):
         raise UserError(f"{backbone.name} has no weights that could be written. Expected a ViT.")
-    state = {key: tensor.detach().cpu().contiguous() for key, tensor in convert(backbone.state_dict(), format).items()}
+    if dtype != torch.float32:
+        backbone = copy.deepcopy(backbone).to(dtype).float()  # what will be loaded, so that the fingerprint is its own
+    converted = convert(backbone.state_dict(), format)
+    state = {key: tensor.detach().to("cpu", dtype).contiguous() for key, tensor in converted.items()}
     path = Path(path)
     file = path / "model.safetensors" if format == "huggingface" else path
     metadata = {"format": "pt"}

@@ -55,13 +55,9 @@ class Objective:
         if self.centering not in CENTERINGS:
             raise unknown_name("centering", str(self.centering), CENTERINGS)
         if self.relations > 0 and self.features == 0:
-            raise UserError(
-                "task.objective.relations is on but features is 0. Relations are those of described images."
-            )
-        if (
-            min(self.dino, self.ibot, self.koleo, self.features, self.relations) < 0
-            or self.dino + self.ibot + self.features <= 0
-        ):
+            raise UserError("task.objective.relations needs task.objective.features above 0: it uses its descriptions.")
+        weights = (self.dino, self.ibot, self.koleo, self.features, self.relations)
+        if min(weights) < 0 or self.dino + self.ibot + self.features <= 0:
             raise UserError("The weights of the losses must be 0 or more, and one of dino, ibot, features above 0.")
 
     @property

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from dense_heads.backbones import weights as weights_module
@@ -78,6 +79,20 @@ def test_half_precision_files_are_computed_in_float32(tmp_path, state):
     loaded = load_backbone(NAME, weights=tmp_path / "half.pth")
     assert {value.dtype for value in loaded.state_dict().values()} == {torch.float32}
     assert torch.equal(loaded.norm.weight, state["norm.weight"])
+
+
+def test_rounded_files_are_half_as_large_and_know_their_fingerprint(tmp_path, source):
+    whole, half = tmp_path / "whole.safetensors", tmp_path / "half.safetensors"
+    before = source.fingerprint()
+    save_backbone(source, whole)
+    save_backbone(source, half, dtype=torch.bfloat16)
+    assert half.stat().st_size < 0.51 * whole.stat().st_size and source.fingerprint() == before
+    loaded = load_backbone(NAME, weights=half)
+    assert {tensor.dtype for tensor in loaded.state_dict().values()} == {torch.float32}
+    with safe_open(half, "pt") as file:
+        assert file.metadata()["fingerprint"] == loaded.fingerprint()
+    for ours, original in zip(loaded.parameters(), source.parameters(), strict=True):
+        assert torch.equal(ours, original.bfloat16().float())
 
 
 def test_loading_does_not_touch_the_global_generator(official):
@@ -298,6 +313,9 @@ def test_convert_weights_script(tmp_path, source, official, monkeypatch, capsys)
     assert run(NAME, "--weights", tmp_path / "hf", "--to", "own", "--output", tmp_path / "own.safetensors") == 0
     assert source.fingerprint() in capsys.readouterr().out
     assert load_backbone(NAME, weights=tmp_path / "own.safetensors").fingerprint() == source.fingerprint()
+    rounded = tmp_path / "rounded.safetensors"
+    assert run(NAME, "--weights", official, "--to", "own", "--output", rounded, "--bfloat16") == 0
+    assert load_backbone(NAME, weights=rounded).fingerprint() in capsys.readouterr().out
     assert run("vits14", "--weights", official, "--to", "own", "--output", tmp_path / "x") == 2
     assert "looks like vitn14_reg" in capsys.readouterr().err
 

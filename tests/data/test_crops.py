@@ -9,7 +9,7 @@ from PIL import Image
 
 from dense_heads.data.crops import CropDraw, cut, published_crops
 from dense_heads.data.fast_crops import cut_batch
-from dense_heads.data.unlabelled import CropDataset, ImageFiles, InMemory, collate_crops, find_images
+from dense_heads.data.unlabelled import CropDataset, ImageFiles, InMemory, collate_crops, find_images, sample_patches
 from dense_heads.errors import UserError
 from dense_heads.structures import IMAGENET_MEAN, IMAGENET_STD
 from tests.factories import fake_pair, save
@@ -28,6 +28,8 @@ def test_the_recipe_is_the_published_one():
     assert [recipe.solarize for recipe in crops.recipes[:3]] == [0.0, 0.2, 0.0]
     released = published_crops(seed=0, blur="released")
     assert [recipe.blur for recipe in released.recipes[:3]] == [0.0, 0.9, 0.5]
+    plain = published_crops(seed=0, blur="none", solarize=0.0)
+    assert {(recipe.blur, recipe.solarize) for recipe in plain.recipes} == {(0.0, 0.0)}
     assert (crops.recipes[0].scale, crops.recipes[2].scale) == ((0.32, 1.0), (0.05, 0.32))
 
 
@@ -115,6 +117,17 @@ def test_images_are_found_in_folders_lists_and_shards(tmp_path):
     assert len(shards) == 1 and np.array_equal(shards.read(0), folder.read(2))
 
 
+def test_sampled_patches_are_pieces_of_the_images(tmp_path):
+    for index in range(2):
+        save(tmp_path / f"{index}.png", np.full((20, 16, 3), (40 + 100 * index, 90, 10), np.uint8))
+    patches = sample_patches(find_images(tmp_path), 14, seed=0, number=6).view(6, 3, 14 * 14)
+    pixels = patches * torch.tensor(IMAGENET_STD).view(1, 3, 1) + torch.tensor(IMAGENET_MEAN).view(1, 3, 1)
+    assert sorted(pixels[:, 0, 0].round().tolist()) == [40.0] * 3 + [140.0] * 3
+    assert torch.allclose(pixels[:, 1:], torch.tensor([90.0, 10.0]).view(1, 2, 1).expand(6, 2, 196), atol=1e-3)
+    with pytest.raises(UserError, match="20 x 20"):
+        sample_patches(find_images(tmp_path), 20, seed=0)
+
+
 def test_mistakes_are_named(tmp_path):
     (tmp_path / "list.txt").write_text("gone.png\n")
     with pytest.raises(UserError, match="gone"):
@@ -127,7 +140,7 @@ def test_mistakes_are_named(tmp_path):
     with pytest.raises(UserError, match="multiples"):
         published_crops(0, global_size=100)
     with pytest.raises(UserError, match="released"):
-        published_crops(0, blur="none")
+        published_crops(0, blur="sometimes")
     with pytest.raises(UserError, match="scale"):
         published_crops(0, global_scale=(0.5, 0.2))
 

@@ -14,6 +14,7 @@ from dense_heads.losses.self_supervised import (
     dino_loss,
     ibot_loss,
     koleo_loss,
+    relational_loss,
     sinkhorn_knopp,
     teacher_entropy,
 )
@@ -139,6 +140,21 @@ def test_koleo_pushes_neighbours_apart():
     moved = (points - 0.001 * points.grad).detach()
     distance = lambda p: (p[0] / p[0].norm() - p[1] / p[1].norm()).norm()  # noqa: E731
     assert distance(moved) > distance(points.detach())
+
+
+def test_relations_are_differences_of_cosines_written_out():
+    generator = torch.Generator().manual_seed(0)
+    features, targets = torch.randn(4, 3, generator=generator), torch.randn(4, 7, generator=generator)
+
+    def cosine(a, b):
+        a, b = a.tolist(), b.tolist()
+        return sum(x * y for x, y in zip(a, b, strict=True)) / math.hypot(*a) / math.hypot(*b)
+
+    pairs = [(i, j) for i in range(4) for j in range(4) if i != j]
+    expected = sum((cosine(features[i], features[j]) - cosine(targets[i], targets[j])) ** 2 for i, j in pairs) / 12
+    assert float(relational_loss(features, targets)) == pytest.approx(expected, rel=1e-5)
+    turned = targets @ torch.linalg.qr(torch.randn(7, 7, generator=generator)).Q
+    assert float(relational_loss(3 * turned, targets)) < 1e-10
 
 
 def test_the_centre_acts_from_the_next_batch_on():

@@ -55,6 +55,18 @@ def test_curves_hold_what_a_person_looks_for(pretrained):
     assert float(last["val/knn1_top1"]) == 1.0  # dark and light pictures
 
 
+def test_the_small_recipe_trains_from_whitened_patches(tiny_ssl, tmp_path):
+    folder = tmp_path / "run"
+    recipe = ["dino=0", "ibot=0", "koleo=0", "features=1", "relations=0.5"]
+    options = [f"task.objective.{option}" for option in recipe] + ["task.crops.num_local=0", "optim.lr=1e-3"]
+    assert main([*tiny_ssl, *options, "task.backbone.start=whitened", f"run_dir={folder}"]) == 0
+    rows = list(csv.DictReader((folder / "metrics.csv").open()))
+    losses = [float(row["train/loss"]) for row in rows if row["train/loss"]]
+    assert losses[-1] < losses[0] and 0 < float(rows[0]["train/relations"]) < 2
+    published = dense_heads.load_backbone("vitn14_reg", weights=None)
+    assert dense_heads.load_backbone("vitn14_reg", weights=folder).pos_embed.std() > 5 * published.pos_embed.std()
+
+
 def test_training_can_go_on_from_weights_and_serve_a_head(pretrained, tiny_ssl, tmp_path):
     again = [*tiny_ssl, f"backbone.weights={pretrained}", "trainer.max_steps=1", "trainer.val_check_interval=1"]
     assert main([*again, "optim.lr=0", "optim.min_lr=0", f"run_dir={tmp_path / 'again'}"]) == 0
@@ -118,6 +130,8 @@ def assert_same_bits(whole, stopped, step):
         ("backbone=pixels", "nothing to train"),
         ("optim.warmup=1", "warmup"),
         ("task.formats=[onnx]", "huggingface"),
+        ("task.backbone.start=ones", "whitened"),
+        ("task.objective.relations=1", "task.objective.features"),
         ("students=[vitt14_reg]", "task=distillation"),
         ("teacher=vitn14_reg", "task=distillation"),
     ],
