@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dense_heads.ops.precision import cpu_multiplies_bfloat16
+
 NORM_EPS = 1e-6
 CHUNK = 460  # queries at a time where attention is computed in chunks: 460 x 1370 scores in bfloat16 are 1.3 MB
 SUBSET_ABOVE = 0.1  # drop rates above it leave samples out of the computation; below it only their result is dropped
@@ -18,6 +20,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     PyTorch's fused attention is the fastest but in one place: in bfloat16 on a processor without a graph for gradients,
     where it runs at half the speed of plain matrix products (`scripts/benchmark.py backbone`).
     """
+    if _is_emulated(query):
+        return F.scaled_dot_product_attention(query.float(), key.float(), value.float()).to(query.dtype)
     needs_gradient = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     if query.device.type == "cpu" and query.dtype == torch.bfloat16 and not (needs_gradient or _is_traced()):
         return _chunked_attention(query, key, value)
@@ -45,6 +49,7 @@ class Linear(nn.Linear):
     """`nn.Linear` that keeps its weight in the processor's own layout where it pays: frozen, on a CPU.
 
     PyTorch otherwise lays it out anew in each call. Costs a second copy of the weight, made again when it changes.
+    In bfloat16 on a processor that has no units for it, products are those of float32, and their results rounded.
     """
 
     _ROWS = 1370  # tokens that the layout is made for (an image of 518 x 518): one layout, and so one rounding, for all
@@ -53,15 +58,23 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor, gelu: bool = False) -> Tensor:
         """(..., in) -> (..., out); with `gelu` through an exact GELU, while the result is still in the cache."""
+        emulated = _is_emulated(input) and self.weight.dtype == input.dtype
         if not self._pays(input):
-            out = super().forward(input)
+            out = self._float32(input) if emulated else super().forward(input)
             return F.gelu(out) if gelu else out
         version = version_of(self.weight)
         if self._laid_out is None or self._laid_out[0] != version:
-            self._laid_out = version, torch.ops.mkldnn._reorder_linear_weight(self.weight.detach(), self._ROWS)
+            weight = self.weight.detach().float() if emulated else self.weight.detach()
+            self._laid_out = version, torch.ops.mkldnn._reorder_linear_weight(weight, self._ROWS)
         name, algorithm = ("gelu", "none") if gelu else ("none", "")
-        done: Tensor = torch.ops.mkldnn._linear_pointwise(input, self._laid_out[1], self.bias, name, [], algorithm)
-        return done
+        bias = self.bias.float() if emulated and self.bias is not None else self.bias
+        operand = input.float() if emulated else input
+        done: Tensor = torch.ops.mkldnn._linear_pointwise(operand, self._laid_out[1], bias, name, [], algorithm)
+        return done.to(input.dtype)
+
+    def _float32(self, input: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.float()
+        return F.linear(input.float(), self.weight.float(), bias).to(input.dtype)
 
     def _pays(self, input: Tensor) -> bool:
         if input.device.type != "cpu" or input.dtype != self.weight.dtype:
@@ -82,6 +95,11 @@ def version_of(tensor: Tensor) -> tuple[int, int]:
     return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
 
 
+def _is_emulated(tensor: Tensor) -> bool:
+    """Whether PyTorch would multiply it element by element."""
+    return tensor.device.type == "cpu" and tensor.dtype == torch.bfloat16 and not cpu_multiplies_bfloat16()
+
+
 def _is_traced() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
 
@@ -95,8 +113,16 @@ class PatchEmbed(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """See the class."""
-        patches: Tensor = self.proj(images.to(self.proj.weight.dtype))
+        patches: Tensor = self._projected(images.to(self.proj.weight.dtype))
         return patches.flatten(2).transpose(1, 2)
+
+    def _projected(self, images: Tensor) -> Tensor:
+        if not _is_emulated(images):
+            projected: Tensor = self.proj(images)
+            return projected
+        bias = None if self.proj.bias is None else self.proj.bias.float()
+        projected = F.conv2d(images.float(), self.proj.weight.float(), bias, self.proj.stride)
+        return projected.to(images.dtype)
 
 
 class Attention(nn.Module):

@@ -23,5 +23,10 @@ def resolve_precision(name: str) -> torch.dtype:
 def _is_native() -> bool:
     if torch.cuda.is_available():
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return cpu_multiplies_bfloat16()
+
+
+def cpu_multiplies_bfloat16() -> bool:
+    """Whether the processor has units for it; without them PyTorch's products are hundreds of times slower."""
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))

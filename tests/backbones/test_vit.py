@@ -390,6 +390,24 @@ def test_linear_layers_lay_their_weights_out_anew_when_they_change(dtype, tolera
     assert linear.weight.grad is not None
 
 
+@pytest.mark.parametrize("with_gradients", [False, True])
+def test_bfloat16_without_units_for_it_is_computed_in_float32(images, with_gradients, monkeypatch):
+    vit = tiny().requires_grad_(with_gradients)
+    rounded = copy.deepcopy(vit).bfloat16().float()
+    expected = rounded(images)["prenorm"]
+    monkeypatch.setattr("dense_heads.backbones.layers.cpu_multiplies_bfloat16", lambda: False)
+    products = torch.nn.functional.linear
+    operands = []
+    monkeypatch.setattr(torch.nn.functional, "linear", lambda x, *rest: operands.append(x.dtype) or products(x, *rest))
+    found = vit.bfloat16()(images)["prenorm"]
+    assert found.dtype == torch.bfloat16
+    assert (found.float() - expected).norm() / expected.norm() < 1e-2
+    assert torch.bfloat16 not in operands and (len(operands) > 0) == with_gradients
+    if with_gradients:
+        found.float().square().mean().backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in vit.blocks[0].attn.parameters())
+
+
 def test_the_first_batch_does_not_decide_the_bits_of_later_ones():
     block = tiny().blocks[0].requires_grad_(False)
     small, large = (torch.randn(batch, 17, block.norm1.normalized_shape[0]) for batch in (1, 40))
