@@ -4,6 +4,7 @@ import functools
 import json
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -18,13 +19,17 @@ from dense_heads.heads.classification import ClassificationHead
 from dense_heads.heads.depth_range import hub_range, published_range, range_notice
 from dense_heads.heads.detection import DetectionHead
 from dense_heads.heads.official import load_head_weights, official_head_url
+from dense_heads.models.artefact import own_backbone
 from dense_heads.models.dense import FrozenBackbone
+from dense_heads.models.trained import TrainedBackbone
 from dense_heads.ops.seeding import forked_rng, stable_seed
 from dense_heads.training.base import Candidate
 
 log = logging.getLogger("dense_heads")
 
-HOW_IT_RUNS = ("precision", "pass_size", "compile")  # of a backbone's config: not the backbone's, FrozenBackbone's
+# Of a backbone's config: not the backbone's, but of how it is run.
+HOW_IT_RUNS = ("precision", "pass_size", "compile", "trainable")
+TRAINABLE_FAMILIES = ("segmentation", "depth")  # whose backbone may learn with the head
 _NOT_ARGUMENTS = ("_target_", "_partial_", "weights", "range", "criterion")  # of a head's config: Hydra's keys and ours
 _KINDS = {  # families whose heads are of a kind of their own; those of all others predict maps
     "detection": (DetectionHead, "finds objects"),
@@ -34,15 +39,60 @@ _OF_HEADS = ("blocks", "k")  # of a grid's lists: what becomes an argument of th
 
 
 def backbone(cfg: DictConfig) -> FrozenBackbone:
-    """The frozen backbone."""
-    return frozen_backbone(cfg.backbone)
+    """The backbone: of a run that trained its own, that one; to be trained, where `backbone.trainable` asks for it."""
+    learning = cfg.mode in ("fit", "sweep")
+    if learning and cfg.backbone.trainable:
+        return _trained_backbone(cfg)
+    node = cfg.backbone
+    if not learning and cfg.model is not None and (own := own_backbone(Path(cfg.model), node.name)) is not None:
+        node = node.copy()
+        node.weights = str(own)
+    return frozen_backbone(node)
 
 
 def frozen_backbone(node: DictConfig) -> FrozenBackbone:
     """The frozen backbone that an option of group `backbone`, or `teacher`, describes."""
-    arguments = plain(node)
-    how = {key: arguments.pop(key) for key in HOW_IT_RUNS if key in arguments}
+    arguments, how = _split(node)
+    del how["trainable"]
     return FrozenBackbone(instantiate(arguments), arguments.get("patch_fit", "pad"), **how)
+
+
+def _trained_backbone(cfg: DictConfig) -> TrainedBackbone:
+    if cfg.task.family not in TRAINABLE_FAMILIES:
+        raise UserError(
+            f"backbone.trainable=true: of task={cfg.task.name} ({cfg.task.family}) only the head is trained. A backbone "
+            f"learns with the heads of {' and '.join(TRAINABLE_FAMILIES)}; on images alone with task=pretraining."
+        )
+    for wrong, why in (
+        (cfg.mode == "sweep", "mode=sweep: its trials share one backbone, which must not change. Use -m"),
+        (
+            cfg.cache.kind != "off",
+            f"cache={cfg.cache.kind}: the features of a backbone that learns change. Use cache=off",
+        ),
+        ("heads" in cfg.head, "head=grid: several heads cannot train one backbone. Choose one head"),
+    ):
+        if wrong:
+            raise UserError(f"backbone.trainable=true with {why}, or backbone.trainable=false.")
+    arguments, how = _split(cfg.backbone)
+    if how["precision"] == "bfloat16":
+        raise UserError(
+            "backbone.precision=bfloat16 with backbone.trainable=true: weights that learn are kept in float32. Set "
+            "trainer.precision=bf16-mixed to compute in bfloat16."
+        )
+    return TrainedBackbone(
+        instantiate(arguments),
+        arguments.get("patch_fit", "pad"),
+        how["pass_size"],
+        how["compile"],
+        lr=float(cfg.optim.backbone_lr),
+        weight_decay=float(cfg.optim.weight_decay),
+    )
+
+
+def _split(node: DictConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Arguments of the backbone itself, and how it is run."""
+    arguments = plain(node)
+    return arguments, {key: arguments.pop(key) for key in HOW_IT_RUNS}
 
 
 def make_candidates(cfg: DictConfig, frozen: FrozenBackbone, num_outputs: int | None) -> list[Candidate]:

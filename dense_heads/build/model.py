@@ -13,7 +13,7 @@ from dense_heads.build.heads import HOW_IT_RUNS, backbone, head_arguments, make_
 from dense_heads.build.parts import Parts, family_of, settings_of
 from dense_heads.errors import UserError
 from dense_heads.heads.base import Head
-from dense_heads.models.artefact import assemble, head_target, trained_head
+from dense_heads.models.artefact import BACKBONE_FILE, assemble, head_target, trained_head
 from dense_heads.models.card import Card, read_card
 from dense_heads.models.dense import DenseModel, FrozenBackbone
 from dense_heads.training.base import Candidate
@@ -37,7 +37,9 @@ def run_card(cfg: DictConfig, made: Parts, candidate: Candidate) -> Card:
 def make_card(cfg: DictConfig, frozen: FrozenBackbone, head: Head, name: str, arguments: Mapping[str, Any]) -> Card:
     """The card of `head`, an option `name` with its own `arguments`, under the config's task."""
     described = {key: v for key, v in plain(cfg.backbone).items() if key not in ("_target_", *HOW_IT_RUNS)}
-    if Path(str(described["weights"])).exists():
+    if frozen.learns:
+        described["weights"] = BACKBONE_FILE  # beside the card
+    elif Path(str(described["weights"])).exists():
         described["weights"] = str(Path(str(described["weights"])).resolve())
     family = family_of(cfg)
     classes = family.classes(cfg)

@@ -85,6 +85,10 @@ def make_parts(
         candidates = [measured_only(cfg, head) for head in heads]
     looked: list[str] = []
     if heads is None and all_training_free([candidate.head for candidate in candidates]):
+        if frozen.learns:
+            raise UserError(
+                "backbone.trainable=true: a head without training teaches no backbone. Choose another head."
+            )
         loaded, note = _with_support(cfg, loaded, candidates)
         looked.append(note)
     elif heads is None:
@@ -107,7 +111,10 @@ def make_parts(
         shares=loaded.shares,
     )
     notes = [*fed.notes, *looked]
-    if is_random(cfg.backbone):
+    if frozen.learns:
+        start = "random weights" if is_random(cfg.backbone) else cfg.backbone.weights
+        notes.append(f"The backbone was trained with the head, from {start}.")
+    elif is_random(cfg.backbone):
         notes.append("The backbone's weights are random: it has learnt nothing.")
     module = family.module(cfg, loaded, frozen, candidates)
     return Parts(module, data, loaded, family.conventions(cfg), notes, feature_seconds, fed.support)

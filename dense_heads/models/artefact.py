@@ -12,7 +12,7 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
-from dense_heads.backbones.weights import load_backbone
+from dense_heads.backbones.weights import load_backbone, save_backbone
 from dense_heads.errors import UserError
 from dense_heads.heads.base import Head
 from dense_heads.models.card import Card, read_card, write_card
@@ -25,6 +25,7 @@ from dense_heads.models.segmentor import Segmentor
 from dense_heads.ops.files import write_atomically
 
 HEAD_FILE = "head.safetensors"
+BACKBONE_FILE = "backbone.safetensors"  # beside the head where the backbone was trained with it
 MODELS: dict[str, type[DenseModel]] = {
     "segmentation": Segmentor,
     "depth": Depther,
@@ -39,8 +40,10 @@ def head_target(head: type) -> str:
     return f"{head.__module__}.{head.__qualname__}"
 
 
-def save_artefact(folder: Path, head: Head, card: Card) -> None:
-    """Write both files into `folder`."""
+def save_artefact(folder: Path, head: Head, card: Card, backbone: FrozenBackbone) -> None:
+    """Write both files into `folder`, and the backbone's weights where it was trained."""
+    if backbone.learns:
+        save_backbone(backbone.backbone, folder / BACKBONE_FILE)
     tensors = {key: value.detach().contiguous().cpu() for key, value in head.state_dict().items()}
     metadata = {"format": "pt", "task": card.task, "head": card.head["name"]}
     write_atomically(folder / HEAD_FILE, save(tensors, metadata=metadata))
@@ -110,6 +113,14 @@ def trained_head(folder: Path, backbone: FrozenBackbone, num_outputs: int | None
     return head
 
 
+def own_backbone(folder: Path, name: str) -> Path | None:
+    """The weights of the backbone `name` in the folder of a run that trained it; None where none was trained."""
+    own = read_card(folder).backbone
+    if own["weights"] != BACKBONE_FILE or own["name"] != name:
+        return None
+    return (folder if folder.is_dir() else folder.parent) / BACKBONE_FILE
+
+
 def assemble(card: Card, backbone: FrozenBackbone, head: Head) -> DenseModel:
     """The model of the card's family.
 
@@ -135,6 +146,8 @@ def load_model(path: str | Path, device: str = "cpu") -> DenseModel:
     folder = folder if folder.is_dir() else folder.parent
     card = read_card(folder)
     arguments = {key: value for key, value in card.backbone.items() if key != "fingerprint"}
+    if (own := own_backbone(folder, card.backbone["name"])) is not None:
+        arguments["weights"] = own
     try:
         loaded = load_backbone(**arguments)
     except TypeError as error:

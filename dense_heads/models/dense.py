@@ -38,6 +38,8 @@ class FrozenBackbone(nn.Module):
     them still loads strictly.
     """
 
+    learns = False  # the one of `models/trained.py` does
+
     def __init__(
         self,
         backbone: Backbone,
@@ -66,11 +68,16 @@ class FrozenBackbone(nn.Module):
         self._fingerprint = None if self.dtype == torch.float32 else backbone.fingerprint()
         if self.dtype != torch.float32:
             backbone = copy.deepcopy(backbone).to(self.dtype)
-        self.backbone = backbone.requires_grad_(False)
+        self.backbone = backbone
         self.patch_fit, self.pass_size = patch_fit, pass_size
         self._block_outputs = torch.compile(backbone.block_outputs) if compile else backbone.block_outputs
-        leave_out_of_state_dicts(self)
+        self._settle()
         self.train(False)
+
+    def _settle(self) -> None:
+        """No gradient, nothing in a state dict."""
+        self.backbone.requires_grad_(False)
+        leave_out_of_state_dicts(self)
 
     def train(self, mode: bool = True) -> Self:
         """Stays in eval mode, whatever is asked: normalisation and stochastic depth must not wake up."""
@@ -98,11 +105,19 @@ class FrozenBackbone(nn.Module):
         blocks = resolve_blocks(self.backbone.name, arguments.get("blocks", "last"))
         return [self.backbone.embed_dim * (2 if arguments.get("windows", 1) > 1 else 1)] * len(blocks)
 
+    @property
+    def origin(self) -> str:
+        """Fingerprint of the weights that a run starts from."""
+        return self.fingerprint()
+
     @torch.no_grad()
     def forward(self, images: Tensor, requests: Sequence[FeatureRequest]) -> Levels:
         """(B, C, H, W) of any size -> every level that a request names, from one pass that ends at the deepest."""
+        return self._levels(images, requests)
+
+    def _levels(self, images: Tensor, requests: Sequence[FeatureRequest]) -> Levels:
         if self.pass_size is not None and len(images) > self.pass_size:
-            return Levels.cat([self(part, requests) for part in torch.split(images, self.pass_size)])
+            return Levels.cat([self._levels(part, requests) for part in torch.split(images, self.pass_size)])
         fitted, padding = fit_to_patch(images, self.backbone.patch_size, self.patch_fit)
         wanted = sorted({level for request in requests for level in request.levels})
         patch_maps: dict[Level, Tensor] = {}

@@ -126,7 +126,7 @@ def keep(folder: Path, measured: Measured) -> None:
     """Write the leading head with its card, and `metrics.json`, into the run folder."""
     parts = measured.parts
     leader = parts.module.candidates[parts.module.leader()]
-    save_artefact(folder, leader.head, run_card(measured.cfg, parts, leader))
+    save_artefact(folder, leader.head, run_card(measured.cfg, parts, leader), parts.module.backbone)
     write_outcome(folder, measured)
 
 

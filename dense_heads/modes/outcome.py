@@ -98,6 +98,7 @@ def _outcome(measured: Measured) -> dict[str, Any]:
             "seed": cfg.backbone.seed,
             "fingerprint": module.backbone.fingerprint(),
             "precision": module.backbone.precision,
+            "trained": module.backbone.learns,  # with the head; else frozen
             "parameters": sum(p.numel() for p in backbone.parameters()),
         },
         "head": {

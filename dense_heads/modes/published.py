@@ -16,12 +16,12 @@ from dense_heads.report.tables import read_summary
 _MEASURING = (
     "task.transforms.eval", "task.inference", "task.evaluation", "task.depth_range", "task.data.labels",
     "task.data.depth", "data.depth_scale", "task.num_classes", "head", "trainer.precision", "trainer.limit_val_batches",
-    "trainer.limit_test_batches", "backbone.patch_fit", "backbone.weights", "backbone.precision", "cache.kind",
-    "cache.views", "cache.dtype",
+    "trainer.limit_test_batches", "backbone.patch_fit", "backbone.weights", "backbone.precision", "backbone.trainable",
+    "cache.kind", "cache.views", "cache.dtype",
 )  # fmt: skip
 _TRAINING = (
     "task.protocol", "task.transforms.train", "task.loss", "optim", "data.image_size", "data.batch_size",
-    "data.augment", "trainer.max_steps", "trainer.accumulate_grad_batches",
+    "data.augment", "trainer.max_steps", "trainer.accumulate_grad_batches", "distill",
 )  # fmt: skip
 
 

@@ -73,7 +73,7 @@ def _headline(summary: Summary) -> str:
     trained = f", trained for {steps:,} steps" if isinstance(steps, int) and steps > 0 else ""
     family = f" ({escape(summary['family'])})" if summary.get("family") else ""
     sentence = (
-        f"A <strong>{escape(_head_name(summary))}</strong> head on a frozen "
+        f"A <strong>{escape(_head_name(summary))}</strong> head on a {_state(summary)} "
         f"<strong>{escape(_backbone_name(summary))}</strong> {_weights(summary)}{trained} on {task}{family}."
     )
     parts = ['<p class="over">dense_heads · report of a run</p>', f"<h1>{task}</h1>", f'<p class="lead">{sentence}</p>']
@@ -241,7 +241,7 @@ def _facts(summary: Summary) -> str:
     """What it takes to repeat the run."""
     backbone, head, seconds = summary["backbone"], summary["head"], summary.get("seconds") or {}
     own = {
-        "backbone": joined(_backbone_name(summary), count(backbone.get("parameters")), "frozen"),
+        "backbone": joined(_backbone_name(summary), count(backbone.get("parameters")), _state(summary)),
         "weights": joined(backbone.get("weights") or "random", _named("seed", backbone.get("seed"))),
         "fingerprint": backbone.get("fingerprint"),
         "head": joined(_head_name(summary), count(head.get("parameters"))),
@@ -273,11 +273,17 @@ def _texts(run_dir: Path) -> str:
 def _is_random(summary: Summary) -> bool:
     """Whether the backbone has parameters that were never trained (raw pixels have none)."""
     backbone = summary["backbone"]
-    return backbone.get("weights") is None and backbone.get("parameters") != 0
+    return backbone.get("weights") is None and backbone.get("parameters") != 0 and not backbone.get("trained")
+
+
+def _state(summary: Summary) -> str:
+    return "trained" if summary["backbone"].get("trained") else "frozen"
 
 
 def _weights(summary: Summary) -> str:
     weights = summary["backbone"].get("weights")
+    if summary["backbone"].get("trained"):
+        return f"from {escape(weights or 'random')} weights"
     if weights is None:
         return "with random weights" if _is_random(summary) else "(no parameters)"
     return f"with {escape(weights)} weights" if weights in ("official", "in-house") else f"(weights: {escape(weights)})"

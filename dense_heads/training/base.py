@@ -7,9 +7,9 @@ gradients cannot mix. Each has its own parameter group, schedule, clipping and r
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
@@ -22,6 +22,7 @@ from dense_heads.errors import UserError, unknown_name
 from dense_heads.heads.base import Head
 from dense_heads.heads.training_free import TrainingFreeHead
 from dense_heads.models.dense import FrozenBackbone
+from dense_heads.models.trained import TrainedBackbone
 from dense_heads.ops.seeding import forked_rng, stable_seed
 from dense_heads.structures import Batch, Features, Levels
 from dense_heads.training.optim import Momentum, Schedule
@@ -41,6 +42,16 @@ class Candidate:
     momentum: Momentum | None = None  # None: the optimiser's own
     settings: dict[str, Any] = field(default_factory=dict)  # what distinguishes it, for grid.csv
     origin: str = ""  # what its random numbers come from: the head itself, however and beside whatever it is trained
+
+
+class Learner(NamedTuple):
+    """A parameter group: a candidate's head, or what learns beside it."""
+
+    parameters: list[nn.Parameter]
+    lr: float
+    weight_decay: float
+    schedule: Schedule
+    momentum: Momentum | None
 
 
 @dataclass
@@ -85,6 +96,8 @@ class DenseModule(pl.LightningModule):
         self.results: dict[str, Result] = {}  # stage -> its latest
         self.details: list[dict[str, Any]] = []  # of each candidate, where cases are measured: the latest
         self.requests = [backbone.request(candidate.head) for candidate in candidates]
+        if isinstance(backbone, TrainedBackbone):
+            backbone.learn_for(self.requests)
 
     @property
     def training_free(self) -> bool:
@@ -176,6 +189,12 @@ class DenseModule(pl.LightningModule):
                     gradient.zero_()
             elif candidate.clip_norm is not None:
                 torch.nn.utils.clip_grads_with_norm_(candidate.head.parameters(), candidate.clip_norm, norm)
+        for learner in self.learners()[len(self.candidates) :]:
+            norm = torch.nn.utils.get_total_norm([p.grad for p in learner.parameters if p.grad is not None])
+            if not math.isfinite(norm.item()):
+                self._retire(self.candidates[0], "gradient")
+            elif self.candidates[0].clip_norm is not None:
+                torch.nn.utils.clip_grads_with_norm_(learner.parameters, self.candidates[0].clip_norm, norm)
 
     def _retire(self, candidate: Candidate, what: str) -> None:
         if candidate.name not in self.retired:
@@ -187,29 +206,38 @@ class DenseModule(pl.LightningModule):
                 f"(now {candidate.lr:g}), or set optim.clip_norm. The last checkpoint is kept."
             )
 
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """One optimiser with a parameter group, and a schedule, for each candidate."""
-        groups = [
-            {"params": list(c.head.parameters()), "lr": c.lr, "weight_decay": c.weight_decay} for c in self.candidates
+    def learners(self) -> list[Learner]:
+        """What learns: each candidate's head, then what there is beside the only candidate."""
+        found = [
+            Learner(list(c.head.parameters()), c.lr, c.weight_decay, c.schedule, c.momentum) for c in self.candidates
         ]
+        if isinstance(self.backbone, TrainedBackbone):
+            own = list(self.backbone.learning()), self.backbone.lr, self.backbone.weight_decay
+            found.append(Learner(*own, found[0].schedule, found[0].momentum))
+        return found
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """One optimiser with a parameter group, and a schedule, for each of `learners`."""
+        learners = self.learners()
+        groups = [{"params": one.parameters, "lr": one.lr, "weight_decay": one.weight_decay} for one in learners]
         optimizer = self.make_optimizer(groups)
         # Functions, not the schedules: LambdaLR would put an object's attributes into the checkpoint and, on resume,
         # the old length of the run back into the new schedule.
-        scheduler = LambdaLR(optimizer, [functools.partial(Schedule.__call__, c.schedule) for c in self.candidates])
+        scheduler = LambdaLR(optimizer, [functools.partial(Schedule.__call__, one.schedule) for one in learners])
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def on_train_start(self) -> None:
         """A run that is resumed with another length starts at that length's learning rate, not at the old one's."""
         optimizer = self.optimizers()
         assert isinstance(optimizer, LightningOptimizer)
-        for group, candidate in zip(optimizer.param_groups, self.candidates, strict=True):
-            group["lr"] = candidate.lr * candidate.schedule(self.global_step)
+        for group, learner in zip(optimizer.param_groups, self.learners(), strict=True):
+            group["lr"] = learner.lr * learner.schedule(self.global_step)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Set the momentum of the coming step: a function of the step alone, so a resumed run needs no state for it."""
-        for group, candidate in zip(optimizer.param_groups, self.candidates, strict=True):
-            if candidate.momentum is not None:
-                candidate.momentum.apply(group, self.global_step)
+        for group, learner in zip(optimizer.param_groups, self.learners(), strict=True):
+            if learner.momentum is not None:
+                learner.momentum.apply(group, self.global_step)
 
     # Validation and test: they differ in name only.
 
@@ -277,15 +305,30 @@ class DenseModule(pl.LightningModule):
 
     # Checkpoints: plain values only.
 
+    def learnt(self) -> dict[str, Tensor]:
+        """The heads, and the backbone where it learns: what is kept of the best step."""
+        kept = dict(self.heads.state_dict())
+        if self.backbone.learns:
+            kept |= {f"backbone.{key}": value for key, value in self.backbone.state_dict().items()}
+        return kept
+
+    def load_learnt(self, state: Mapping[str, Tensor]) -> None:
+        """Put back what `learnt` gave."""
+        start = "backbone."
+        self.heads.load_state_dict({key: value for key, value in state.items() if not key.startswith(start)})
+        if self.backbone.learns:
+            own = {key.removeprefix(start): value for key, value in state.items() if key.startswith(start)}
+            self.backbone.load_state_dict(own)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep who is retired and what was measured, and which backbone this stood on."""
         checkpoint["retired"] = dict(self.retired)
         checkpoint["results"] = {stage: vars(result) for stage, result in self.results.items()}
-        checkpoint["backbone_fingerprint"] = self.backbone.fingerprint()
+        checkpoint["backbone_fingerprint"] = self.backbone.origin
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint that was trained on another backbone."""
-        theirs, ours = checkpoint["backbone_fingerprint"], self.backbone.fingerprint()
+        theirs, ours = checkpoint["backbone_fingerprint"], self.backbone.origin
         if theirs != ours:
             raise UserError(
                 f"The checkpoint was trained on a backbone with fingerprint {theirs}, this one has {ours}. "

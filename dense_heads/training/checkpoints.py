@@ -71,10 +71,10 @@ def newest_checkpoint(folder: Path) -> Path:
 
 
 def load_best(module: DenseModule, folder: Path) -> None:
-    """Put a run's best heads back into its module; without a validation there is no best, and they stay as they are."""
+    """Put what a run learnt best back into its module; without a validation there is no best, and they stay as they are."""
     path = folder / BEST_FILE
     if path.is_file():
-        module.heads.load_state_dict(load_file(path))
+        module.load_learnt(load_file(path))
 
 
 class Checkpoints(Checkpoint):
@@ -134,9 +134,9 @@ class Checkpoints(Checkpoint):
         if better and score == score:
             self.best = score
             if trainer.is_global_zero:
-                heads = {key: value.contiguous().cpu() for key, value in pl_module.heads.state_dict().items()}
+                learnt = {key: value.contiguous().cpu() for key, value in pl_module.learnt().items()}
                 facts = {"step": str(result.step), pl_module.primary: repr(score), "candidate": str(pl_module.leader())}
-                write_atomically(self.folder / BEST_FILE, save(heads, metadata=facts))
+                write_atomically(self.folder / BEST_FILE, save(learnt, metadata=facts))
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The last step, whatever the interval."""
