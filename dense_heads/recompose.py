@@ -31,7 +31,7 @@ _PER_COMMAND = (
     "run_dir",
     "launcher",
 )
-_PATHS = ("data.root=", "backbone.weights=", "head.weights=")
+_PATHS = ("data.root=", "data.unlabeled=", "backbone.weights=", "head.weights=", "distill=")
 
 _OPTIONS_WITH_VALUE = (
     "--config-dir", "-cd", "--config-path", "-cp", "--config-name", "-cn", "--cfg", "-c", "--package", "-p",

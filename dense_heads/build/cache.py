@@ -33,6 +33,7 @@ _NOT_OF_ITEMS = (
     "num_workers",
     "augment",
     "class_aware",
+    "unlabeled",
     "image_size",
     "patients",
     "folds",

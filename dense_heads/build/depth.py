@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 
 from dense_heads.build.config import module_arguments, plain
 from dense_heads.build.data import Loaded, num_measured, read_samples, training_steps
+from dense_heads.build.task_distillation import taught_by
 from dense_heads.data.blind_depth import blind_depths, read_label
 from dense_heads.data.classes import Classes
 from dense_heads.data.depth import DepthDataset, collate_eval, collate_train
@@ -25,6 +26,7 @@ from dense_heads.report.depth_panel import depth_panel
 from dense_heads.report.predictions import DepthWriter
 from dense_heads.training.base import Candidate
 from dense_heads.training.depth import DepthModule
+from dense_heads.training.task_distillation import TaughtDepth, Teacher
 
 
 def load(cfg: DictConfig, check: bool) -> Loaded:
@@ -52,12 +54,20 @@ def load(cfg: DictConfig, check: bool) -> Loaded:
     )
 
 
-def module(cfg: DictConfig, loaded: Loaded, frozen: FrozenBackbone, candidates: Sequence[Candidate]) -> DepthModule:
-    """The LightningModule."""
-    return DepthModule(
+def module(
+    cfg: DictConfig,
+    loaded: Loaded,
+    frozen: FrozenBackbone,
+    candidates: Sequence[Candidate],
+    teacher: Teacher | None = None,
+) -> DepthModule:
+    """The LightningModule; with a teacher, the one that is taught."""
+    kind, taught = (DepthModule, {}) if teacher is None else (TaughtDepth, taught_by(cfg, teacher))
+    return kind(
         frozen,
         candidates,
         **module_arguments(cfg),
+        **taught,
         inference=Inference(**plain(cfg.task.inference)),
         evaluation=_evaluation(cfg),
     )

@@ -60,14 +60,14 @@ def frozen_backbone(node: DictConfig) -> FrozenBackbone:
 def _trained_backbone(cfg: DictConfig) -> TrainedBackbone:
     if cfg.task.family not in TRAINABLE_FAMILIES:
         raise UserError(
-            f"backbone.trainable=true: of task={cfg.task.name} ({cfg.task.family}) only the head is trained. A backbone "
-            f"learns with the heads of {' and '.join(TRAINABLE_FAMILIES)}; on images alone with task=pretraining."
+            f"backbone.trainable=true: of task={cfg.task.name} ({cfg.task.family}) only the head is trained. A "
+            f"backbone learns with the heads of {' and '.join(TRAINABLE_FAMILIES)}; on images with task=pretraining."
         )
     for wrong, why in (
         (cfg.mode == "sweep", "mode=sweep: its trials share one backbone, which must not change. Use -m"),
         (
             cfg.cache.kind != "off",
-            f"cache={cfg.cache.kind}: the features of a backbone that learns change. Use cache=off",
+            f"cache={cfg.cache.kind}: features of a backbone that learns change. Use cache=off",
         ),
         ("heads" in cfg.head, "head=grid: several heads cannot train one backbone. Choose one head"),
     ):

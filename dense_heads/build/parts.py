@@ -18,6 +18,7 @@ from dense_heads.build.config import is_random
 from dense_heads.build.data import Loaded
 from dense_heads.build.heads import backbone, make_candidates, measured_only
 from dense_heads.build.support import all_training_free, chosen_support, refuse_unused_support
+from dense_heads.build.task_distillation import make_teacher, unlabelled_images, with_unlabelled
 from dense_heads.data.datamodule import DataModule
 from dense_heads.data.datasets.base import shorten
 from dense_heads.data.part import Part
@@ -77,7 +78,9 @@ def make_parts(
     family = family_of(cfg)
     resolve_cache(cfg)
     loaded: Loaded = family.load(cfg, check)
-    _resolve_length(cfg, loaded.num_images["train"])
+    teacher = make_teacher(cfg, loaded)
+    unlabelled = unlabelled_images(cfg, loaded)
+    _resolve_length(cfg, loaded.num_images["train"] + len(unlabelled))
     frozen = backbone(cfg) if frozen is None else frozen
     if heads is None:
         candidates = make_candidates(cfg, frozen, family.num_outputs(cfg))
@@ -85,10 +88,9 @@ def make_parts(
         candidates = [measured_only(cfg, head) for head in heads]
     looked: list[str] = []
     if heads is None and all_training_free([candidate.head for candidate in candidates]):
-        if frozen.learns:
-            raise UserError(
-                "backbone.trainable=true: a head without training teaches no backbone. Choose another head."
-            )
+        if frozen.learns or teacher is not None:
+            what = "backbone.trainable=true" if frozen.learns else f"distill={cfg.distill}"
+            raise UserError(f"{what}: a head without training learns nothing by steps. Choose another head.")
         loaded, note = _with_support(cfg, loaded, candidates)
         looked.append(note)
     elif heads is None:
@@ -97,7 +99,7 @@ def make_parts(
     fed = with_features(cfg, loaded, frozen, [frozen.request(candidate.head) for candidate in candidates])
     feature_seconds = time.monotonic() - before
     data = DataModule(
-        train=fed.train,
+        train=with_unlabelled(cfg, fed.train, unlabelled) if unlabelled else fed.train,
         val=fed.val,
         test=fed.test,
         batch_size=cfg.data.batch_size,
@@ -116,7 +118,12 @@ def make_parts(
         notes.append(f"The backbone was trained with the head, from {start}.")
     elif is_random(cfg.backbone):
         notes.append("The backbone's weights are random: it has learnt nothing.")
-    module = family.module(cfg, loaded, frozen, candidates)
+    if teacher is not None:
+        card = teacher.card
+        notes.append(f"Taught by {cfg.distill}: {card.head['name']} on {card.backbone['name']}.")
+    if unlabelled:
+        notes.append(f"{len(unlabelled)} images without labels were among the training images (data.unlabeled).")
+    module = family.module(cfg, loaded, frozen, candidates, **({} if teacher is None else {"teacher": teacher}))
     return Parts(module, data, loaded, family.conventions(cfg), notes, feature_seconds, fed.support)
 
 

@@ -9,6 +9,7 @@ from PIL.Image import Image
 
 from dense_heads.build.config import module_arguments, plain
 from dense_heads.build.data import Loaded, own_run, read_samples, training_steps
+from dense_heads.build.task_distillation import taught_by
 from dense_heads.data.checks import check_segmentation
 from dense_heads.data.classes import Classes, read_classes
 from dense_heads.data.labels import LabelRule
@@ -22,6 +23,7 @@ from dense_heads.report.panel import segmentation_panel
 from dense_heads.report.predictions import LabelWriter
 from dense_heads.training.base import Candidate
 from dense_heads.training.segmentation import SegmentationModule
+from dense_heads.training.task_distillation import TaughtSegmentation, Teacher
 
 
 def load(cfg: DictConfig, check: bool) -> Loaded:
@@ -53,13 +55,19 @@ def load(cfg: DictConfig, check: bool) -> Loaded:
 
 
 def module(
-    cfg: DictConfig, loaded: Loaded, frozen: FrozenBackbone, candidates: Sequence[Candidate]
+    cfg: DictConfig,
+    loaded: Loaded,
+    frozen: FrozenBackbone,
+    candidates: Sequence[Candidate],
+    teacher: Teacher | None = None,
 ) -> SegmentationModule:
-    """The LightningModule."""
-    return SegmentationModule(
+    """The LightningModule; with a teacher, the one that is taught."""
+    kind, taught = (SegmentationModule, {}) if teacher is None else (TaughtSegmentation, taught_by(cfg, teacher))
+    return kind(
         frozen,
         candidates,
         **module_arguments(cfg),
+        **taught,
         num_classes=cfg.task.num_classes,
         inference=Inference(**plain(cfg.task.inference)),
         class_names=loaded.classes.names,

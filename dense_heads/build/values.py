@@ -30,7 +30,12 @@ def refuse_bad_values(cfg: DictConfig) -> None:
     _refuse_unused_data_keys(cfg)
     for key in ("teacher", "students"):
         if cfg.get(key) is not None and cfg.task.family != "distillation":
-            raise UserError(f"{key} is set, but task={cfg.task.name} trains no student of it. Use task=distillation.")
+            raise UserError(
+                f"{key} is set, but task={cfg.task.name} trains no student of it. Use task=distillation; a trained "
+                "head teaches by distill=RUN."
+            )
+    if cfg.distill is not None and "distill" not in cfg.task and cfg.mode == "fit":
+        raise UserError(f"distill is set, but task={cfg.task.name} ({cfg.task.family}) learns from labels alone.")
 
 
 def _refuse_bad_numbers(cfg: DictConfig) -> None:

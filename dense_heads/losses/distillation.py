@@ -1,5 +1,6 @@
-"""How far a student's tokens are from a teacher's."""
+"""How far a student's tokens, or its opinion of each pixel, are from a teacher's."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -16,6 +17,22 @@ def feature_loss(predicted: Tensor, target: Tensor, cosine: float = 1.0, smooth_
     predicted, aim = predicted.float(), normalised(target)
     loss = cosine * (1 - F.cosine_similarity(predicted, aim, dim=-1)).mean()
     return loss + smooth_l1 * F.smooth_l1_loss(predicted, aim)
+
+
+def soft_divergence(logits: Tensor, aim: Tensor, temperature: float) -> Tensor:
+    """T^2 * KL(softmax(aim / T) || softmax(logits / T)) of each pixel (arXiv 1503.02531): 0 where the two agree.
+
+    Args:
+        logits: (B, K, H, W) of the student.
+        aim: the same of the teacher.
+        temperature: T; above 1 the classes that the teacher finds improbable count for more.
+
+    Returns:
+        (B, H, W), float32; with T^2 the gradients keep their size whatever T is.
+    """
+    ours = F.log_softmax(logits.float() / temperature, dim=1)
+    theirs = F.log_softmax(aim.float() / temperature, dim=1)
+    return temperature**2 * torch.sum(theirs.exp() * (theirs - ours), dim=1)
 
 
 def similarity(predicted: Tensor, target: Tensor) -> Tensor:

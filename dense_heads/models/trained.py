@@ -33,9 +33,7 @@ class TrainedBackbone(FrozenBackbone):
             UserError: a baseline without a network, or a pass of no images.
         """
         if not any(True for _ in backbone.parameters()):
-            raise UserError(
-                f"backbone={backbone.name} has nothing to train. Choose a ViT, or backbone.trainable=false."
-            )
+            raise UserError(f"backbone={backbone.name} has nothing to train. Use a ViT, or backbone.trainable=false.")
         self._origin = backbone.fingerprint()
         super().__init__(backbone, patch_fit, "float32", pass_size, compile)
         self.lr, self.weight_decay = lr, weight_decay

@@ -13,7 +13,7 @@ from dense_heads.build.training import make_trainer
 from dense_heads.errors import UserError
 from dense_heads.models.artefact import HEAD_FILE, trained_head
 from dense_heads.models.card import CARD_FILE, read_card
-from dense_heads.modes.fit import measure
+from dense_heads.modes.learning import measure
 from dense_heads.modes.outcome import Measured, trained_steps, untrained, write_outcome
 from dense_heads.modes.search import Search
 from dense_heads.ops.files import write_atomically

@@ -14,8 +14,8 @@ from dense_heads.build.training import make_trainer
 from dense_heads.errors import UserError
 from dense_heads.models.artefact import trained_head
 from dense_heads.models.card import read_card
-from dense_heads.modes.fit import measure
 from dense_heads.modes.folder import evaluation_folder, run_folder
+from dense_heads.modes.learning import measure
 from dense_heads.modes.outcome import Measured, trained_steps, untrained, write_outcome
 from dense_heads.report.html import write_report
 from dense_heads.report.tables import print_tables

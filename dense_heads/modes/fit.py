@@ -4,37 +4,29 @@ import dataclasses
 import logging
 import os
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
-import torch
 from hydra.core.hydra_config import HydraConfig
-from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig
 
 from dense_heads.build.backbone_training import BACKBONE_FAMILIES
-from dense_heads.build.config import plain, recomposed
+from dense_heads.build.config import recomposed
 from dense_heads.build.data import keep_split
 from dense_heads.build.model import run_card
 from dense_heads.build.parts import Parts, make_parts
-from dense_heads.build.training import make_loggers, make_trainer
+from dense_heads.build.training import make_trainer
 from dense_heads.errors import UserError
 from dense_heads.models.artefact import save_artefact
-from dense_heads.models.inference import Inference
 from dense_heads.modes import pretrain
 from dense_heads.modes.folder import run_folder
+from dense_heads.modes.learning import learn, measure, train
 from dense_heads.modes.outcome import Measured, untrained, write_outcome
-from dense_heads.modes.resume import checkpoint_to_resume
+from dense_heads.modes.teaching import beside_teacher
 from dense_heads.report.html import write_report
 from dense_heads.report.tables import print_tables
-from dense_heads.training.checkpoints import load_best
-from dense_heads.training.loggers import abandon_loggers, finish_loggers
-from dense_heads.training.stopwatch import Stopwatch
-from dense_heads.training.support import observe
+from dense_heads.training.loggers import finish_loggers
 
 log = logging.getLogger("dense_heads")
 
@@ -68,58 +60,20 @@ def run_in(cfg: DictConfig, folder: Path, parts: Parts | None = None, started: f
     measured = Measured(cfg, parts, stage, trainer.global_step, seconds, HydraConfig.get().runtime.choices)
     if first:
         keep(folder, measured)
-    baseline = _baseline(cfg, parts.notes)  # after all is saved: its failure costs nothing
+    # After all is saved: their failure costs nothing.
+    distillation = beside_teacher(cfg, parts, folder)
+    baseline = _baseline(cfg, parts.notes)
     seconds["total"] = time.monotonic() - started
     if first:
         beside = untrained(cfg, parts, stage)
-        finals = write_outcome(folder, dataclasses.replace(measured, baseline=baseline, **beside))
+        finals = write_outcome(
+            folder, dataclasses.replace(measured, baseline=baseline, distillation=distillation, **beside)
+        )
         write_report(folder)
         finish_loggers(trained.loggers, finals["metrics"])
         print_tables(finals)
         log.info("report %s", folder / "report.html")
     return score
-
-
-@dataclass(frozen=True)
-class Trained:
-    """What is left of a training besides the module."""
-
-    trainer: pl.Trainer
-    loggers: list[Logger]  # to be finished, with the final numbers
-    seconds: dict[str, float]  # where the time went
-
-
-def train(cfg: DictConfig, parts: Parts, folder: Path, callbacks: Sequence[pl.Callback] = ()) -> Trained:
-    """Train in `folder`, from its newest checkpoint on where `cfg.resume` says so.
-
-    Afterwards the module holds the heads that the protocol selects, and they are validated where a choice needs it.
-    """
-    loggers = make_loggers(cfg, folder)
-    trainer = make_trainer(cfg, folder, parts, loggers, callbacks)
-    checkpoint = checkpoint_to_resume(cfg, folder, loggers[0])
-    started = time.monotonic()
-    try:
-        learn(cfg, trainer, parts, checkpoint)
-    except Exception:
-        abandon_loggers(loggers)
-        raise
-    features = {} if cfg.cache.kind == "off" else {"features": parts.feature_seconds}
-    seconds = {**features, "train": time.monotonic() - started, **Stopwatch.of(trainer)}
-    if not parts.module.training_free and cfg.task.protocol.select == "best":
-        trainer.strategy.barrier()
-        load_best(parts.module, folder / "checkpoints")
-        trainer.validate(parts.module, parts.data, verbose=False)  # ranks the candidates by what they are now
-    return Trained(trainer, loggers, seconds)
-
-
-def learn(cfg: DictConfig, trainer: pl.Trainer, parts: Parts, checkpoint: Path | None = None) -> None:
-    """Train the heads; those that need no training look at their labelled images instead."""
-    if not parts.module.training_free:
-        trainer.fit(parts.module, parts.data, ckpt_path=checkpoint, weights_only=True)
-        return
-    assert parts.support is not None
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    observe(parts.module.to(device), parts.support, Inference(**plain(cfg.task.inference)))
 
 
 def keep(folder: Path, measured: Measured) -> None:
@@ -130,21 +84,6 @@ def keep(folder: Path, measured: Measured) -> None:
     write_outcome(folder, measured)
 
 
-def measure(trainer: pl.Trainer, parts: Parts) -> str:
-    """Measure on the test split, or on validation where there is none; returns the stage's name."""
-    if parts.data.test is not None:
-        trainer.test(parts.module, parts.data, verbose=False)
-        return "test"
-    validate(trainer, parts)
-    return "val"
-
-
-def validate(trainer: pl.Trainer, parts: Parts) -> None:
-    """Measure on validation, unless that has just been done on these very weights."""
-    if not parts.module.is_measured("val", trainer.global_step):
-        trainer.validate(parts.module, parts.data, verbose=False)
-
-
 def _baseline(cfg: DictConfig, notes: list[str]) -> dict[str, Any] | None:
     """The same head and protocol on another backbone (raw pixels), so that a score can be read."""
     name = cfg.task.baseline
@@ -153,7 +92,7 @@ def _baseline(cfg: DictConfig, notes: list[str]) -> dict[str, Any] | None:
     log.info("for comparison: the same head on backbone=%s", name)
     try:
         other = recomposed("backbone", name)
-        other.resume, other.trainer.max_steps = None, cfg.trainer.max_steps
+        other.resume, other.distill, other.trainer.max_steps = None, None, cfg.trainer.max_steps
         if "weights" in other.head:
             other.head.weights = None
         parts = make_parts(other, check=False)

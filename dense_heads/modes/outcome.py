@@ -36,6 +36,7 @@ class Measured:
     baseline: dict[str, Any] | None = None
     blind: list[dict[str, Any]] = field(default_factory=list)  # what knows nothing of the images scores
     threshold: dict[str, Any] | None = None  # what grey alone scores
+    distillation: dict[str, Any] | None = None  # the teacher's score, and the same student's without it
     trials: int = 1  # of a sweep, of which this is the best on validation
 
 
@@ -128,6 +129,7 @@ def _outcome(measured: Measured) -> dict[str, Any]:
         "selected_on": _selected_on(cfg, module, measured.trials, stage),
         "published": published,
         "baseline": measured.baseline,
+        "distillation": measured.distillation,
         "blind": measured.blind,
         "threshold": None if measured.threshold is None else without_cases(measured.threshold),
         "notes": list(parts.notes),

@@ -20,8 +20,9 @@ from dense_heads.build.parts import Parts, make_parts
 from dense_heads.build.values import refuse_bad_values
 from dense_heads.errors import UserError
 from dense_heads.models.dense import FrozenBackbone
-from dense_heads.modes.fit import keep, train, validate
+from dense_heads.modes.fit import keep
 from dense_heads.modes.folder import keep_run
+from dense_heads.modes.learning import train, validate
 from dense_heads.modes.outcome import Measured
 from dense_heads.ops.files import write_atomically
 from dense_heads.training.loggers import finish_loggers

@@ -94,6 +94,8 @@ def _headline(summary: Summary) -> str:
     if main and main.baseline is not None:
         value, beside = format_metric(main.name, main.baseline), _distance(main.name, main.value, main.baseline)
         cards.append(card(f"Baseline: {escape(baseline.get('name', 'baseline'))}", value, beside, "quiet"))
+    if main and summary.get("distillation"):
+        cards.append(_teacher_card(summary["distillation"], main))
     if main and main.blind:
         cards.append(_blind_card(summary, main))
     if main and main.threshold is not None:
@@ -121,6 +123,20 @@ def _blind_card(summary: Summary, main: ScoreRow) -> str:
     return card(
         "Without looking at the image", format_metric(main.name, first[1]), "<br>".join(filter(None, lines)), "quiet"
     )
+
+
+def _teacher_card(taught: dict[str, Any], main: ScoreRow) -> str:
+    """The student's share of the teacher's score, and that of the same student without the teacher."""
+    teacher, alone = main.taught
+    lines = [f"{escape(taught.get('head'))} on {escape(taught.get('backbone'))}: {format_metric(main.name, teacher)}"]
+    if alone is not None:
+        share = _share(taught["alone"].get("retention"))
+        lines.append(f"without the teacher {share} of it: {format_metric(main.name, alone)}")
+    return card("Of the teacher's score", _share(taught.get("retention")), "<br>".join(lines), "quiet")
+
+
+def _share(value: object) -> str:
+    return f"{100 * value:.1f} %" if isinstance(value, int | float) else "–"  # noqa: RUF001
 
 
 def _threshold_card(threshold: dict[str, Any], main: ScoreRow) -> str:

@@ -45,6 +45,8 @@ LABELS |= {"iou": "IoU", "dice_pooled": "Dice, pooled", "surface_dice": "surface
 LABELS |= {"ece": "ECE", "ap": "AP", "ap50": "AP50", "aji": "AJI"}
 LABELS |= {f"{name}_{unit}": f"{name.upper()} ({unit})" for name in ("hd95", "assd") for unit in ("mm", "px")}
 
+_TAUGHT = {"teacher": "the teacher", "alone": "without the teacher"}  # of `distillation`: key -> title
+
 # What `metrics.json` must and may hold: key -> type, and whether the report needs it.
 _SCHEMA: dict[str, tuple[type | tuple[type, ...], bool]] = {
     "task": (str, True),
@@ -61,6 +63,7 @@ _SCHEMA: dict[str, tuple[type | tuple[type, ...], bool]] = {
     "baseline": (dict, False),
     "blind": (list, False),
     "threshold": (dict, False),
+    "distillation": (dict, False),
     "notes": (list, False),
     "seconds": (dict, False),
     "versions": (dict, False),
@@ -79,6 +82,7 @@ class ScoreRow:
     baseline: float | None
     blind: tuple[float | None, ...]  # of predictions that do not look at the image
     threshold: float | None  # of grey alone
+    taught: tuple[float | None, float | None]  # of the teacher, and of the same student without it
     primary: bool
 
 
@@ -118,7 +122,9 @@ def read_summary(path: Path) -> Summary:
             raise UserError(f"{path}: `{key}` is {_short(value)}; expected a {expected}. {fix}")
     if not all(isinstance(entry, dict) and "name" in entry for entry in summary.get("blind") or ()):
         raise UserError(f"{path}: `blind` holds an entry without a name; expected name and metrics. {fix}")
-    others = [summary.get("baseline") or {}, summary.get("threshold") or {}, *(summary.get("blind") or ())]
+    taught = summary.get("distillation") or {}
+    others = [summary.get(key) or {} for key in ("baseline", "threshold")]
+    others += [*(summary.get("blind") or ()), *(taught.get(key) or {} for key in ("teacher", "alone"))]
     beside = [entry.get("metrics") for entry in others]
     numbers = [
         item for metrics in (summary["metrics"], *beside) if isinstance(metrics, dict) for item in metrics.items()
@@ -137,6 +143,7 @@ def score_rows(summary: Summary) -> list[ScoreRow]:
     baseline = (summary.get("baseline") or {}).get("metrics") or {}
     blind = [entry.get("metrics") or {} for entry in summary.get("blind") or ()]
     threshold = (summary.get("threshold") or {}).get("metrics") or {}
+    taught = summary.get("distillation") or {}
     primary = summary["primary"]
     rows = []
     of_published = published.get("metric") or primary.rpartition("/")[2]
@@ -150,10 +157,15 @@ def score_rows(summary: Summary) -> list[ScoreRow]:
                 baseline=_number(baseline.get(name)),
                 blind=tuple(_number(metrics.get(name)) for metrics in blind),
                 threshold=_number(threshold.get(name)),
+                taught=(_of_taught(taught, "teacher", name), _of_taught(taught, "alone", name)),
                 primary=name == primary,
             )
         )
     return rows
+
+
+def _of_taught(taught: Summary, key: str, name: str) -> float | None:
+    return _number(((taught.get(key) or {}).get("metrics") or {}).get(name))
 
 
 def class_rows(summary: Summary) -> list[ClassRow]:
@@ -184,7 +196,7 @@ def _rich_scores(summary: Summary) -> Table:
     with_baseline = any(row.baseline is not None for row in rows)
     if with_baseline:
         table.add_column(Text(_baseline_name(summary)), justify="right")
-    for name in _untrained_names(summary):
+    for name in _beside_names(summary):
         table.add_column(Text(name), justify="right")
     if shown:
         table.add_column("published", justify="right")
@@ -192,7 +204,7 @@ def _rich_scores(summary: Summary) -> Table:
         cells = [Text(metric_label(plain(row.name))), Text(format_metric(row.name, row.value))]
         if with_baseline:
             cells.append(Text(format_metric(row.name, row.baseline)))
-        cells += [Text(format_metric(row.name, value)) for value in _untrained(summary, row)]
+        cells += [Text(format_metric(row.name, value)) for value in _beside(summary, row)]
         if shown:
             remark = "" if row.comparable or not row.published else " (not comparable)"
             cells.append(Text(plain(row.published or "") + remark))
@@ -230,7 +242,7 @@ def html_scores(summary: Summary) -> str:
     head = ["<th>metric</th>", '<th class="n">this run</th>']
     if with_baseline:
         head.append(f'<th class="n">{escape(_baseline_name(summary))}</th>')
-    head += [f'<th class="n">{escape(name)}</th>' for name in _untrained_names(summary)]
+    head += [f'<th class="n">{escape(name)}</th>' for name in _beside_names(summary)]
     if with_published:
         head.append('<th class="n">published</th>')
     body = []
@@ -241,7 +253,7 @@ def html_scores(summary: Summary) -> str:
         ]
         if with_baseline:
             cells.append(f'<td class="n">{format_metric(row.name, row.baseline)}</td>')
-        cells += [f'<td class="n">{format_metric(row.name, value)}</td>' for value in _untrained(summary, row)]
+        cells += [f'<td class="n">{format_metric(row.name, value)}</td>' for value in _beside(summary, row)]
         if with_published:
             remark = "" if row.comparable or not row.published else '<span class="faint"> not comparable</span>'
             cells.append(f'<td class="n">{escape(row.published or "")}{remark}</td>')
@@ -312,15 +324,18 @@ def blind_names(summary: Summary) -> list[str]:
     return [plain(entry["name"]) for entry in summary.get("blind") or ()]
 
 
-def _untrained_names(summary: Summary) -> list[str]:
-    """Headings of the columns of what was not trained."""
-    threshold = summary.get("threshold")
-    return [*blind_names(summary), *([plain(threshold.get("name") or "threshold")] if threshold else [])]
+def _beside_names(summary: Summary) -> list[str]:
+    """Headings of the columns of what was not trained, and of a teacher and the student without it."""
+    threshold, taught = summary.get("threshold"), summary.get("distillation") or {}
+    by_grey = [plain(threshold.get("name") or "threshold")] if threshold else []
+    return [*blind_names(summary), *by_grey, *(title for key, title in _TAUGHT.items() if taught.get(key))]
 
 
-def _untrained(summary: Summary, row: ScoreRow) -> list[float | None]:
+def _beside(summary: Summary, row: ScoreRow) -> list[float | None]:
     """The values of a row in these columns."""
-    return [*row.blind, *([row.threshold] if summary.get("threshold") else [])]
+    taught = summary.get("distillation") or {}
+    values = [value for key, value in zip(_TAUGHT, row.taught, strict=True) if taught.get(key)]
+    return [*row.blind, *([row.threshold] if summary.get("threshold") else []), *values]
 
 
 def _baseline_name(summary: Summary) -> str:

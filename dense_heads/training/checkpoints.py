@@ -71,7 +71,7 @@ def newest_checkpoint(folder: Path) -> Path:
 
 
 def load_best(module: DenseModule, folder: Path) -> None:
-    """Put what a run learnt best back into its module; without a validation there is no best, and they stay as they are."""
+    """Put what a run learnt best back into its module; without a validation there is none, and all stays."""
     path = folder / BEST_FILE
     if path.is_file():
         module.load_learnt(load_file(path))
