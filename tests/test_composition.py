@@ -144,7 +144,7 @@ def test_the_published_grid_of_linear_classifiers():
 
 def test_a_teacher_is_written_as_a_backbone():
     cfg = composed("task=distillation", "backbone=vits14_reg", "teacher=vitg14_reg", "teacher.weights=null")
-    assert (cfg.teacher.name, cfg.teacher.weights, cfg.teacher.precision) == ("vitg14_reg", None, "bfloat16")
+    assert (cfg.teacher.name, cfg.teacher.weights, cfg.teacher.precision) == ("vitg14_reg", None, "streamed")
     assert set(cfg.teacher) == set(cfg.backbone) and options("teacher") == options("backbone")
     assert FeatureObjective(**cfg.task.features).blocks == "last"
     assert "teacher" not in composed()

@@ -1,5 +1,6 @@
 """The parts of a ViT block. Attribute names are those of the official state dict (facts sheet 1.3)."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -54,6 +55,7 @@ class Linear(nn.Linear):
 
     _ROWS = 1370  # tokens that the layout is made for (an image of 518 x 518): one layout, and so one rounding, for all
 
+    lays_out = True
     _laid_out: tuple[object, Tensor] | None = None
 
     def forward(self, input: Tensor, gelu: bool = False) -> Tensor:
@@ -77,9 +79,11 @@ class Linear(nn.Linear):
         return F.linear(input.float(), self.weight.float(), bias).to(input.dtype)
 
     def _pays(self, input: Tensor) -> bool:
-        if input.device.type != "cpu" or input.dtype != self.weight.dtype:
+        if not self.lays_out or input.device.type != "cpu" or input.dtype != self.weight.dtype:
             return False
         if input.dtype not in (torch.float32, torch.bfloat16) or torch.is_autocast_enabled("cpu"):
+            return False
+        if input.dtype == torch.bfloat16 and not _lays_out_bfloat16():
             return False
         needs_gradient = torch.is_grad_enabled() and (self.weight.requires_grad or input.requires_grad)
         if needs_gradient or _is_traced():
@@ -88,6 +92,13 @@ class Linear(nn.Linear):
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in vars(self).items() if key != "_laid_out"}  # it cannot be copied
+
+
+@functools.cache
+def _lays_out_bfloat16() -> bool:
+    """Processors without AVX-512 have no such layout."""
+    asked = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return asked is not None and bool(asked())
 
 
 def version_of(tensor: Tensor) -> tuple[int, int]:

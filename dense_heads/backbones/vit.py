@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -50,6 +50,7 @@ class VisionTransformer(Backbone):
         checkpointing: bool = False,
         patch_fit: str = "crop",
         seed: int | None = 0,
+        block_dtype: torch.dtype = torch.float32,
     ) -> None:
         """Builds it with random weights, in training mode as any module.
 
@@ -70,6 +71,7 @@ class VisionTransformer(Backbone):
             drop_path_uniform: the same rate at each block, else from 0 at the first to `drop_path` at the last.
             checkpointing: compute activations again in the backward pass rather than keep them.
             patch_fit: policy of `ops/pad.py` for sizes that are no multiple of the patch.
+            block_dtype: of the blocks' weights, which are then never there in another type; see `streamed.py`.
             seed: of the random weights; None leaves the memory uninitialised, for a caller that loads weights.
 
         Raises:
@@ -101,6 +103,7 @@ class VisionTransformer(Backbone):
             self.mask_token = nn.Parameter(torch.empty(1, embed_dim))
             self.patch_embed = PatchEmbed(in_channels, embed_dim, patch_size)
             self.blocks = nn.ModuleList(Block(embed_dim, num_heads, ffn, drop_rate=rate) for rate in rates)
+            self.blocks.to(block_dtype)
             self.norm = nn.LayerNorm(embed_dim, eps=NORM_EPS)
         self.register_load_state_dict_post_hook(_forget_derived)  # type: ignore[no-untyped-call]
         if device.type != "meta":
@@ -209,18 +212,26 @@ class VisionTransformer(Backbone):
 
         Changes made behind autograd's back (`parameter.data.mul_()`) are not noticed.
         """
-        version = tuple(version_of(parameter) for parameter in self.parameters())
+        version = self._versions()
         if self._fingerprint is None or self._fingerprint[0] != version:
-            architecture = [
-                *(self.embed_dim, self.num_blocks, self.num_heads, self.num_registers, self.ffn, self.patch_size),
-                *(self.grid_size, self.in_channels, self.interpolate_antialias, self.interpolate_offset),
-            ]
-            digest = hashlib.sha256(json.dumps(architecture).encode())
-            for key, tensor in sorted(self.state_dict().items()):
-                digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-                digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-            self._fingerprint = (version, digest.hexdigest()[:16])
+            self.remember_fingerprint_of(self.state_dict())
+        assert self._fingerprint is not None
         return self._fingerprint[1]
+
+    def remember_fingerprint_of(self, state: Mapping[str, Tensor]) -> None:
+        """Take the fingerprint of these weights: those that were loaded, where the blocks hold them rounded."""
+        architecture = [
+            *(self.embed_dim, self.num_blocks, self.num_heads, self.num_registers, self.ffn, self.patch_size),
+            *(self.grid_size, self.in_channels, self.interpolate_antialias, self.interpolate_offset),
+        ]
+        digest = hashlib.sha256(json.dumps(architecture).encode())
+        for key, tensor in sorted(state.items()):
+            digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        self._fingerprint = (self._versions(), digest.hexdigest()[:16])
+
+    def _versions(self) -> tuple[object, ...]:
+        return tuple(version_of(parameter) for parameter in self.parameters())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # Every move (.to, .half, .cuda) passes here.

@@ -20,6 +20,7 @@ from dense_heads.backbones.channels import adapt_channels
 from dense_heads.backbones.download import fetch
 from dense_heads.backbones.formats import FORMATS, State, convert, huggingface_config
 from dense_heads.backbones.pixels import WITHOUT_NETWORK, Pixels
+from dense_heads.backbones.streamed import stream
 from dense_heads.backbones.vit import VisionTransformer
 from dense_heads.backbones.zoo import BACKBONES, BackboneSpec, get_spec
 from dense_heads.errors import UserError, unknown_name
@@ -38,6 +39,7 @@ def load_backbone(
     channel_weights: str = "mean",
     drop_path: float = 0.0,
     checkpointing: bool = False,
+    streamed: bool = False,
 ) -> Backbone:
     """A backbone in eval mode, float32, on the CPU.
 
@@ -52,6 +54,8 @@ def load_backbone(
         channel_weights: how they are adapted: `mean` or `sum` (`backbones/channels.py`).
         drop_path: rate of stochastic depth, where it is trained.
         checkpointing: saves memory where it is trained, by computing activations twice.
+        streamed: the blocks' weights in bfloat16, one block at a time widened to compute (`backbones/streamed.py`);
+            random ones are never there in float32, and their fingerprint is that of the rounded ones.
 
     Raises:
         UserError: unknown name, weights that are not there, not readable, or not those of this backbone.
@@ -62,14 +66,19 @@ def load_backbone(
             raise UserError(f"Got weights {str(weights)!r}; a baseline without a network has none. Leave them out.")
         return Pixels(spec, in_channels, patch_fit).eval()
     options: dict[str, Any] = {"patch_fit": patch_fit, "in_channels": in_channels, "drop_path": drop_path}
+    options["block_dtype"] = torch.bfloat16 if streamed else torch.float32
     if weights is None:
-        return _build(spec, seed=seed, checkpointing=checkpointing, **options).eval()
+        vit = _build(spec, seed=seed, checkpointing=checkpointing, **options)
+        return (stream(vit) if streamed else vit).eval()
     path = _locate(spec, weights)
     state = adapt_channels(read_weights(path), in_channels, channel_weights)
     grid_size = _grid_size(state, path)
     vit = _build(spec, grid_size=grid_size, seed=None, checkpointing=checkpointing, **options)
     _check_state(state, vit.state_dict(), spec, path)
     vit.load_state_dict(state, strict=True)
+    if streamed:
+        vit.remember_fingerprint_of({key: tensor.float() for key, tensor in state.items()})
+        stream(vit)
     return vit.eval()
 
 

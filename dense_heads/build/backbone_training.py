@@ -9,16 +9,18 @@ from typing import Any
 
 from hydra.utils import instantiate
 from omegaconf import DictConfig
+from torch.utils.data import Dataset
 
 from dense_heads.backbones.pixels import WITHOUT_NETWORK
 from dense_heads.backbones.vit import VisionTransformer
 from dense_heads.backbones.whitening import start_whitened
 from dense_heads.build import distillation, pretraining
+from dense_heads.build.cache import resolve_cache
 from dense_heads.build.config import plain, recomposed
 from dense_heads.build.heads import HOW_IT_RUNS
 from dense_heads.data.classification import ClassificationDataset, check_classification, collate_train
 from dense_heads.data.classification_transforms import CentreEvalTransform
-from dense_heads.data.crops import published_crops
+from dense_heads.data.crops import centre_crop, published_crops
 from dense_heads.data.datasets.class_folders import ClassFolders
 from dense_heads.data.selfsupervised import SelfSupervisedData
 from dense_heads.data.unlabelled import CropDataset, ImageSource, InMemory, collate_crops, find_images, sample_patches
@@ -50,14 +52,23 @@ def make_backbone_parts(cfg: DictConfig) -> BackboneParts:
         raise UserError(f"data.root is not set. task={cfg.task.name} needs images: a folder, a .txt list, or a .tar.")
     family = BACKBONE_FAMILIES[cfg.task.family]
     found = find_images(cfg.data.root)
+    resolve_cache(cfg)
+    if cfg.cache.kind != "off" and family is not distillation:
+        raise UserError(f"cache={cfg.cache.kind}: task={cfg.task.name} changes its backbone with every step. cache=off")
     crops = published_crops(cfg.seed, cfg.data.image_size, **{**_crops(cfg), **family.crops(cfg)})
+    if cfg.cache.kind != "off" and cfg.cache.views == 0:
+        crops = centre_crop(cfg.data.image_size)
     bank, queries = _probe_data(cfg)
     source: ImageSource = found if cfg.data.in_memory is None else InMemory(found, cfg.data.in_memory)
     students = make_students(cfg, source)
     probe = NeighbourProbe(cfg.task.probe.ks) if bank is not None else None
     module = family.module(cfg, students, recipe(cfg), Collapse(**plain(cfg.task.collapse)), probe)
+    cut = CropDataset(source, crops, cfg.task.crops.fast)
+    dataset: Dataset[Any] = cut
+    if cfg.cache.kind != "off":
+        dataset = distillation.with_features(cfg, module, cut, found)
     data = SelfSupervisedData(
-        CropDataset(source, crops, cfg.task.crops.fast),
+        dataset,
         bank,
         queries,
         batch_size=cfg.data.batch_size,

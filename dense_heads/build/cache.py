@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -140,10 +140,21 @@ def _cached(
         pooled=MODELS[cfg.task.family].pooled,
     )
     identity = _identity(cfg, loaded, split, dataset, wanted, num_views)
+    return kept(cfg, wanted, identity, f"{cfg.task.name}-{cfg.backbone.name}-{split}", num_samples, num_views)
+
+
+def kept(
+    cfg: DictConfig, wanted: FeaturePass, identity: Mapping[str, Any], name: str, num_samples: int, num_views: int
+) -> CachedDataset:
+    """The features of a pass, from where `cache` keeps them; computed now where they are not there.
+
+    `identity`: everything that they depend on, as plain values; `name`: what its folder's name begins with.
+    """
+    identity = json.loads(json.dumps(identity))  # as it is read again: tuples are lists
     key = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
     if cfg.cache.kind == "memory":
         return CachedDataset(in_memory(wanted, key), num_samples, num_views)
-    folder = Path(cfg.cache.dir, f"{cfg.task.name}-{cfg.backbone.name}-{split}-{key}").resolve()
+    folder = Path(cfg.cache.dir, f"{name}-{key}").resolve()
     store = on_disk(wanted, folder, identity, cfg.cache.check, cfg.cache.shard_mb * 2**20)
     return CachedDataset(store, num_samples, num_views)
 
@@ -154,12 +165,8 @@ def _identity(
     """Everything that the cached items depend on, as plain values."""
     training = split == "train"
     identity: dict[str, Any] = {
-        "format": FORMAT,
+        **of_backbone(wanted, cfg.backbone.name),
         "split": split,
-        "backbone": {"name": cfg.backbone.name, "fingerprint": wanted.frozen.fingerprint()},
-        "levels": sorted({level for request in wanted.requests for level in request.levels}),
-        "patch_fit": wanted.frozen.patch_fit,
-        "precision": str(wanted.frozen.dtype),
         "dtype": cfg.cache.dtype,
         "items": {key: value for key, value in plain(cfg.task.data).items() if key not in _NOT_OF_ITEMS},
         "labels": loaded.labels.settings() if loaded.labels else {},
@@ -177,8 +184,18 @@ def _identity(
     else:
         inference = plain(cfg.task.inference)
         identity["inference"] = {key: inference[key] for key in ("window", "stride", "flip")}
-    found: dict[str, Any] = json.loads(json.dumps(identity))  # as it is read again: tuples are lists
-    return found
+    return identity
+
+
+def of_backbone(wanted: FeaturePass, name: str) -> dict[str, Any]:
+    """Of an identity: which backbone, asked for what, and how it is run."""
+    return {
+        "format": FORMAT,
+        "backbone": {"name": name, "fingerprint": wanted.frozen.fingerprint()},
+        "levels": sorted({level for request in wanted.requests for level in request.levels}),
+        "patch_fit": wanted.frozen.patch_fit,
+        "precision": "streamed" if wanted.frozen.streams else str(wanted.frozen.dtype),
+    }
 
 
 def files_digest(samples: Sequence[Any]) -> str:

@@ -10,14 +10,19 @@ from omegaconf import DictConfig
 from safetensors.torch import load_file
 
 from dense_heads.backbones.vit import VisionTransformer
+from dense_heads.build.cache import files_digest, kept, of_backbone
 from dense_heads.build.config import is_random, plain
 from dense_heads.build.heads import frozen_backbone
 from dense_heads.build.pretraining import objective
+from dense_heads.data.taught_crops import CropViews, TaughtCrops
+from dense_heads.data.unlabelled import CropDataset, ImageFiles, TarShards
 from dense_heads.errors import UserError, unknown_name
 from dense_heads.heads.dino import HEADS_FILE, DINOHead
 from dense_heads.metrics.neighbours import NeighbourProbe
+from dense_heads.models.inference import Inference
 from dense_heads.training.backbone import BackboneTraining, Collapse, Recipe
 from dense_heads.training.distillation import FeatureDistillation, FeatureObjective, HeadDistillation
+from dense_heads.training.feature_pass import DTYPES, FeaturePass
 
 METHODS = ("auto", "features", "heads")
 WHY_FEATURES = (
@@ -81,6 +86,49 @@ def module(
     return HeadDistillation(students, teacher, heads, terms, optimizer, recipe, collapse, probe, cfg.seed)
 
 
+def with_features(
+    cfg: DictConfig, made: BackboneTraining, crops: CropDataset, found: ImageFiles | TarShards
+) -> TaughtCrops:
+    """The crops with the teacher's features, computed now where the cache has them not; the teacher then rests.
+
+    Raises:
+        UserError: a method that asks the teacher's heads, or `cache.views` does not say what is to be kept.
+    """
+    if not isinstance(made, FeatureDistillation):
+        raise UserError(f"cache={cfg.cache.kind} keeps a teacher's features. Set task.method=features, or cache=off.")
+    if cfg.cache.views is None:
+        raise UserError(
+            f"cache={cfg.cache.kind} keeps what the teacher made of an image, and crops are random. Say what to keep: "
+            "cache.views=K keeps the crops of K epochs and cycles through them; cache.views=0 the middle of each image."
+        )
+    num_views, num_images = max(1, cfg.cache.views), len(crops)
+    made.num_views = 2 if cfg.cache.views else 1
+    wanted = FeaturePass(
+        what=f"the teacher {cfg.teacher.name}",
+        dataset=CropViews(crops),
+        keys=[(view, index) for view in range(num_views) for index in range(num_images)],
+        frozen=made.teacher,
+        requests=[made.request],
+        inference=Inference(),
+        dtype=DTYPES[cfg.cache.dtype],
+        batch=cfg.cache.batch,
+        num_workers=cfg.data.num_workers,
+    )
+    identity = {
+        **of_backbone(wanted, cfg.teacher.name),
+        "dtype": cfg.cache.dtype,
+        "views": cfg.cache.views,
+        "image_size": cfg.data.image_size,
+        "in_memory": cfg.data.in_memory,
+        "fast": cfg.task.crops.fast,
+        "files": files_digest(found.files()),
+    }
+    if cfg.cache.views:
+        identity |= {"crops": plain(cfg.task.crops), "seed": cfg.seed}
+    name = f"{cfg.task.name}-{cfg.teacher.name}-train"
+    return TaughtCrops(crops, kept(cfg, wanted, identity, name, num_images, num_views))
+
+
 def facts(cfg: DictConfig, made: BackboneTraining) -> dict[str, Any]:
     """What the card says of the objective and the teacher."""
     assert isinstance(made, FeatureDistillation | HeadDistillation)
@@ -94,6 +142,7 @@ def facts(cfg: DictConfig, made: BackboneTraining) -> dict[str, Any]:
             "random": is_random(cfg.teacher),
         },
         "method": "features" if by_features else "heads",
+        "cache": {key: cfg.cache[key] for key in ("kind", "views", "dtype")},
         "reason": WHY_FEATURES if by_features and not _heads_file(cfg).is_file() else None,
         "objective": plain(cfg.task.features) if by_features else {**vars(made.objective)},
     }

@@ -12,6 +12,7 @@ from hydra.utils import get_class, instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from dense_heads.backbones.download import fetch
+from dense_heads.backbones.pixels import WITHOUT_NETWORK
 from dense_heads.build.config import plain, recomposed
 from dense_heads.errors import UserError, unknown_name
 from dense_heads.heads.base import Head
@@ -22,6 +23,7 @@ from dense_heads.heads.official import load_head_weights, official_head_url
 from dense_heads.models.artefact import own_backbone
 from dense_heads.models.dense import FrozenBackbone
 from dense_heads.models.trained import TrainedBackbone
+from dense_heads.ops.precision import is_native
 from dense_heads.ops.seeding import forked_rng, stable_seed
 from dense_heads.training.base import Candidate
 
@@ -54,6 +56,8 @@ def frozen_backbone(node: DictConfig) -> FrozenBackbone:
     """The frozen backbone that an option of group `backbone`, or `teacher`, describes."""
     arguments, how = _split(node)
     del how["trainable"]
+    if how["precision"] == "streamed" and node.name not in WITHOUT_NETWORK and not is_native():
+        arguments["streamed"] = True
     return FrozenBackbone(instantiate(arguments), arguments.get("patch_fit", "pad"), **how)
 
 
@@ -74,9 +78,9 @@ def _trained_backbone(cfg: DictConfig) -> TrainedBackbone:
         if wrong:
             raise UserError(f"backbone.trainable=true with {why}, or backbone.trainable=false.")
     arguments, how = _split(cfg.backbone)
-    if how["precision"] == "bfloat16":
+    if how["precision"] in ("bfloat16", "streamed"):
         raise UserError(
-            "backbone.precision=bfloat16 with backbone.trainable=true: weights that learn are kept in float32. Set "
+            f"backbone.precision={how['precision']} with backbone.trainable=true: weights that learn are float32. Set "
             "trainer.precision=bf16-mixed to compute in bfloat16."
         )
     return TrainedBackbone(

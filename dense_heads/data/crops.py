@@ -66,6 +66,16 @@ class CropRecipe:
         return CropDraw(box, bool(flip), tuple(order), bool(grey), sigma, bool(solarize))
 
 
+@dataclass(frozen=True)
+class CentreRecipe(CropRecipe):
+    """The square in the middle, without chance."""
+
+    def draw(self, height: int, width: int, rng: np.random.Generator) -> CropDraw:
+        """The same whatever is drawn."""
+        side = min(height, width)
+        return CropDraw(((height - side) // 2, (width - side) // 2, side, side), False, (), False, None, False)
+
+
 def random_box(
     height: int, width: int, scale: tuple[float, float], rng: np.random.Generator
 ) -> tuple[int, int, int, int]:
@@ -157,6 +167,12 @@ def published_crops(
         num_local,
         seed,
     )
+
+
+def centre_crop(size: int) -> MultiCrop:
+    """One view of each image, not augmented: its middle."""
+    recipe = CentreRecipe(size, (1.0, 1.0), blur=0.0)
+    return MultiCrop([recipe], recipe, 0, seed=0)
 
 
 def _pair(values: Sequence[float]) -> tuple[float, float]:

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from dense_heads.data.crops import MultiCrop
 from dense_heads.data.fast_crops import cut_batch
+from dense_heads.data.image_files import ImageFile
 from dense_heads.data.images import IMAGE_SUFFIXES, UInt8, list_images, read_image, to_uint8
 from dense_heads.errors import UserError
 from dense_heads.ops.seeding import stable_seed
@@ -30,6 +31,10 @@ class ImageFiles:
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self.paths = list(paths)
+
+    def files(self) -> list[ImageFile]:
+        """What is read, for a digest."""
+        return [ImageFile(path.name, path) for path in self.paths]
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -60,6 +65,10 @@ class TarShards:
                     f"{shard}: not a readable tar file ({error}). Expected uncompressed shards, as WebDataset writes "
                     "them; unpack compressed ones."
                 ) from error
+
+    def files(self) -> list[ImageFile]:
+        """What is read, for a digest."""
+        return [ImageFile(f"{name}@{offset}", shard) for shard, offset, _, name in self.places]
 
     def __len__(self) -> int:
         return len(self.places)

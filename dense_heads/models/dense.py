@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dense_heads.backbones.base import Backbone
+from dense_heads.backbones.streamed import stream
+from dense_heads.backbones.vit import VisionTransformer
 from dense_heads.backbones.zoo import resolve_blocks
 from dense_heads.data.images import read_image, to_uint8
 from dense_heads.data.inputs import Inputs, Pictures
@@ -51,9 +53,11 @@ class FrozenBackbone(nn.Module):
         """How the backbone is run.
 
         Args:
-            backbone: taken as it is in float32, else copied in the other type.
+            backbone: taken as it is in float32, copied in bfloat16, taken and changed where it is streamed.
             patch_fit: how an image meets the patch size: pad | pad_exact | crop | resize (`ops/pad.py`).
             precision: auto | float32 | bfloat16 (`ops/precision.py`); features are in this type, and heads get float32.
+                streamed: weights in bfloat16 and features in float32 (`backbones/streamed.py`), but where the processor
+                has bfloat16 the same as bfloat16.
             pass_size: at most so many images in one pass. With 1 the features of an image do not depend on its batch:
                 matrix products of another size may round otherwise.
             compile: run it through `torch.compile`.
@@ -65,7 +69,12 @@ class FrozenBackbone(nn.Module):
         if pass_size is not None and (not isinstance(pass_size, int) or isinstance(pass_size, bool) or pass_size < 1):
             raise UserError(f"backbone.pass_size={pass_size}: expected a whole number of images, 1 or above, or null.")
         self.dtype = resolve_precision(precision) if any(True for _ in backbone.parameters()) else torch.float32
-        self._fingerprint = None if self.dtype == torch.float32 else backbone.fingerprint()
+        in_float32 = self.dtype == torch.float32
+        self.streams = precision == "streamed" and in_float32 and isinstance(backbone, VisionTransformer)
+        self._fingerprint = None if in_float32 and not self.streams else backbone.fingerprint()
+        if self.streams:
+            assert isinstance(backbone, VisionTransformer)
+            stream(backbone)
         if self.dtype != torch.float32:
             backbone = copy.deepcopy(backbone).to(self.dtype)
         self.backbone = backbone
@@ -85,8 +94,8 @@ class FrozenBackbone(nn.Module):
 
     @property
     def precision(self) -> str:
-        """The type that it computes in, by name."""
-        return str(self.dtype).removeprefix("torch.")
+        """The type that it computes in, by name, or `streamed`."""
+        return "streamed" if self.streams else str(self.dtype).removeprefix("torch.")
 
     def fingerprint(self) -> str:
         """Of the float32 weights, whatever the backbone computes in."""

@@ -91,6 +91,7 @@ class BackboneTraining(pl.LightningModule):
         self.probes = {} if probe is None else {name: copy.deepcopy(probe) for name in self.backbones()}
         self.results: dict[str, dict[str, float]] = {}
         self.checks_failed = 0
+        self.num_views = 2  # global crops of an image
         self._clock: tuple[float, int] | None = None
 
     # What a subclass fills in.
@@ -168,7 +169,7 @@ class BackboneTraining(pl.LightningModule):
             )
 
     def _log_speed(self, batch: Batch) -> None:
-        now, images = time.monotonic(), len(batch["crops"][0]) // 2 * self.trainer.world_size
+        now, images = time.monotonic(), len(batch["crops"][0]) // self.num_views * self.trainer.world_size
         if self._clock is not None and self.global_step > self._clock[1]:
             self.log("images_per_s", images * (self.global_step - self._clock[1]) / (now - self._clock[0]))
         self._clock = (now, self.global_step)

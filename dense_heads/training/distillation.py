@@ -95,7 +95,7 @@ class FeatureDistillation(_Taught, BackboneTraining):
     def losses(self, batch: Batch) -> dict[str, Tensor]:
         """`patch` and `cls` of each student, on the global crops."""
         images = batch["crops"][0]
-        targets = self._targets(images)
+        targets = self._targets(batch)
         parts: dict[str, Tensor] = {}
         for ending in self.endings:
             for name, value in self._losses_of(ending, images, targets).items():
@@ -124,10 +124,13 @@ class FeatureDistillation(_Taught, BackboneTraining):
             self.log(f"teacher/{name}_cosine{ending}", similarity(found[name].detach(), target[name]), sync_dist=True)
         return sums
 
-    def _targets(self, images: Tensor) -> list[dict[str, Tensor]]:
-        """The teacher's tokens of each block: `patch` (B, N, D) and `cls` (B, D), float32."""
-        with torch.inference_mode():
-            levels = self.teacher(images, [self.request])
+    def _targets(self, batch: Batch) -> list[dict[str, Tensor]]:
+        """The teacher's tokens of each block: `patch` (B, N, D) and `cls` (B, D), float32; from the cache or a pass."""
+        if "features" in batch:
+            levels = batch["features"]
+        else:
+            with torch.inference_mode():
+                levels = self.teacher(batch["crops"][0], [self.request])
         # Copies made outside are ordinary tensors, which the losses may keep for their gradients.
         features = levels.map(lambda tensor: tensor.to(torch.float32, copy=True)).features(self.request)
         return [

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dense_heads.__main__ import main
-from dense_heads.backbones.weights import load_backbone
+from dense_heads.backbones.weights import load_backbone, save_backbone
 from dense_heads.errors import UserError
 from dense_heads.heads.linear import LinearHead
 from dense_heads.models.dense import FrozenBackbone
@@ -30,6 +30,32 @@ def test_bfloat16_is_near_float32_and_has_its_fingerprint():
     assert backbone.cls_token.dtype == torch.float32 and half.backbone.cls_token.dtype == torch.bfloat16
     head = LinearHead([192], 2).eval()
     assert half.predict_all(images, [head])[0].dtype == torch.float32
+
+
+def test_a_streamed_backbone_computes_in_float32_with_rounded_weights(monkeypatch, tmp_path):
+    monkeypatch.setattr("dense_heads.ops.precision.is_native", lambda: False)
+    images = torch.randn(2, 3, 42, 56)
+    rounded = load_backbone("vitn14_reg", None)
+    file = save_backbone(rounded, tmp_path / "weights.safetensors")
+    original = rounded.fingerprint()
+    for parameter in rounded.blocks.parameters():
+        parameter.data = parameter.data.bfloat16().float()
+    expected = maps(FrozenBackbone(rounded), images)
+    made = {"random": load_backbone("vitn14_reg", None, streamed=True)}
+    made["loaded"] = load_backbone("vitn14_reg", file, streamed=True)
+    made["changed"] = load_backbone("vitn14_reg", file)
+    for name, backbone in made.items():
+        frozen = FrozenBackbone(backbone, precision="streamed")
+        torch.testing.assert_close(maps(frozen, images), expected, rtol=1e-5, atol=1e-5)
+        assert all(p.dtype == torch.bfloat16 for p in frozen.backbone.blocks.parameters())
+        assert not any("_laid_out" in vars(layer) for layer in frozen.modules())  # nothing is left in float32
+        assert (frozen.fingerprint() == original) == (name != "random") and frozen.precision == "streamed"
+
+
+def test_where_the_processor_has_bfloat16_streamed_is_that(monkeypatch):
+    monkeypatch.setattr("dense_heads.ops.precision.is_native", lambda: True)
+    frozen = FrozenBackbone(load_backbone("vitn14_reg", None), precision="streamed")
+    assert frozen.precision == "bfloat16" and frozen.backbone.cls_token.dtype == torch.bfloat16
 
 
 def test_one_image_in_a_pass_gives_the_same_bits_in_any_batch():

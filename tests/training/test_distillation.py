@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import dense_heads
 from dense_heads.__main__ import main
@@ -135,6 +136,47 @@ def test_the_distance_of_features_is_zero_at_the_teacher_only():
     assert float(feature_loss(-aim, target, cosine=1, smooth_l1=0)) == pytest.approx(2, abs=1e-4)
 
 
+@pytest.mark.parametrize("fast", ["false", "true"])
+def test_cached_features_of_the_teacher_give_the_bits_of_an_uncached_run(tiny_kd, tmp_path, monkeypatch, fast):
+    """7 images in batches of 4, 7 steps: four epochs, so four views are those that an uncached run would see."""
+    typed = [*tiny_kd, "teacher.pass_size=1", "task.method=features", f"task.crops.fast={fast}"]
+    typed += ["trainer.max_steps=7", "trainer.val_check_interval=7", "task.features.blocks=last4"]
+    assert main([*typed, f"run_dir={tmp_path / 'off'}"]) == 0
+    expected = load_file(tmp_path / "off" / "backbone.safetensors")
+    keeps = ["cache=disk", "cache.dtype=float32", "cache.batch=1", f"cache.dir={tmp_path / 'features'}"]
+    assert main([*typed, *keeps, "cache.views=4", f"run_dir={tmp_path / 'cold'}"]) == 0
+    monkeypatch.setattr(FrozenBackbone, "forward", None)  # from here on the teacher cannot run
+    assert main([*typed, *keeps, "cache.views=4", f"run_dir={tmp_path / 'warm'}"]) == 0
+    for run in ("cold", "warm"):
+        found = load_file(tmp_path / run / "backbone.safetensors")
+        assert all(torch.equal(found[key], value) for key, value in expected.items())
+    card = json.loads((tmp_path / "warm" / "card.json").read_text())
+    assert card["cache"] == {"kind": "disk", "views": 4, "dtype": "float32"}
+
+
+def test_one_view_without_chance_is_the_middle_of_each_image(tiny_kd, tmp_path, monkeypatch):
+    passes = []
+    forward = FrozenBackbone.forward
+    monkeypatch.setattr(FrozenBackbone, "forward", lambda *a, **k: passes.append(len(a[1])) or forward(*a, **k))
+    typed = [*tiny_kd, "task.method=features", "cache=memory", "cache.views=0", "trainer.max_steps=30"]
+    assert main([*typed, "trainer.val_check_interval=30", f"run_dir={tmp_path / 'run'}"]) == 0
+    assert sum(passes) == 7  # each image once, whatever the number of steps
+    curve = [float(row["train/loss"]) for row in rows(tmp_path / "run") if row["train/loss"]]
+    assert curve[-1] < 0.5 * curve[0]
+
+
+def test_whatever_the_teachers_features_depend_on_makes_another_cache(tiny_kd, tmp_path):
+    keeps = ["task.method=features", "cache=disk", f"cache.dir={tmp_path / 'features'}", "trainer.max_steps=1"]
+    typed = [*tiny_kd, *keeps, "trainer.val_check_interval=1"]
+    changes = [[], ["optim.lr=1e-3"], ["teacher.seed=1"], ["cache.views=2"], ["cache.views=0"], ["seed=1"]]
+    changes += [["task.crops.global_scale=[0.5,1]"], ["data.image_size=28"], ["task.features.blocks=last4"]]
+    counts = []
+    for number, change in enumerate(changes):
+        assert main([*typed, "cache.views=1", *change, f"run_dir={tmp_path / str(number)}"]) == 0
+        counts.append(len(list((tmp_path / "features").iterdir())))
+    assert counts == [1, 1, 2, 3, 4, 5, 6, 7, 8]
+
+
 @pytest.mark.parametrize(
     "typed, words",
     [
@@ -142,6 +184,8 @@ def test_the_distance_of_features_is_zero_at_the_teacher_only():
         (["task.method=logits"], "features"),
         (["students=[vitt14_reg,vitt14_reg]"], "different backbones"),
         (["students=[vitx]"], "Unknown backbone"),
+        (["cache=memory"], "cache.views=K"),
+        (["cache=memory", "cache.views=-1"], "0 or above"),
         (["task.features={patch: 0, cls: 0}"], "above 0"),
         (["teacher=nobody"], "Unknown teacher"),
         (["~teacher"], "needs a teacher"),
