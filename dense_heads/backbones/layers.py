@@ -1,6 +1,5 @@
 """The parts of a ViT block. Attribute names are those of the official state dict (facts sheet 1.3)."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -83,8 +82,6 @@ class Linear(nn.Linear):
             return False
         if input.dtype not in (torch.float32, torch.bfloat16) or torch.is_autocast_enabled("cpu"):
             return False
-        if input.dtype == torch.bfloat16 and not _lays_out_bfloat16():
-            return False
         needs_gradient = torch.is_grad_enabled() and (self.weight.requires_grad or input.requires_grad)
         if needs_gradient or _is_traced():
             return False
@@ -92,13 +89,6 @@ class Linear(nn.Linear):
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in vars(self).items() if key != "_laid_out"}  # it cannot be copied
-
-
-@functools.cache
-def _lays_out_bfloat16() -> bool:
-    """Processors without AVX-512 have no such layout."""
-    asked = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
-    return asked is not None and bool(asked())
 
 
 def version_of(tensor: Tensor) -> tuple[int, int]:
