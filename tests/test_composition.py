@@ -150,7 +150,9 @@ def test_a_teacher_is_written_as_a_backbone():
     assert "teacher" not in composed()
 
 
-@pytest.mark.parametrize("run", ["task=pretraining", "task=distillation", "experiment=inhouse_vitn14_reg"])
+@pytest.mark.parametrize(
+    "run", ["task=pretraining", "task=distillation", "experiment=inhouse_vitn14_reg", "experiment=distill_vitp14_reg"]
+)
 def test_recipes_that_train_a_backbone_are_made(run):
     cfg = composed(run)
     assert recipe(cfg).schedules["lr"](cfg.trainer.max_steps) == pytest.approx(cfg.optim.min_lr)

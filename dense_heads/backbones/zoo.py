@@ -66,6 +66,7 @@ _SPECS = (
     BackboneSpec("vitg14_reg", 1536, 40, 24, 4, ffn="swiglu", even4=_EVEN_G, official=True),
     BackboneSpec("vitn14_reg", 192, 8, 3, 4),
     BackboneSpec("vitt14_reg", 192, 12, 3, 4),
+    BackboneSpec("vitp14_reg", 128, 6, 2, 4),
     # The baseline without a network. Four equal blocks, so that heads on four levels run on it unchanged.
     # Baselines without a network; widths for three channels.
     BackboneSpec("pixels", 3 * PATCH_SIZE**2, 4, 1),

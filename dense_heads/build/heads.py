@@ -45,11 +45,9 @@ def backbone(cfg: DictConfig) -> FrozenBackbone:
     learning = cfg.mode in ("fit", "sweep")
     if learning and cfg.backbone.trainable:
         return _trained_backbone(cfg)
-    node = cfg.backbone
-    if not learning and cfg.model is not None and (own := own_backbone(Path(cfg.model), node.name)) is not None:
-        node = node.copy()
-        node.weights = str(own)
-    return frozen_backbone(node)
+    if not learning and cfg.model is not None and (own := own_backbone(Path(cfg.model), cfg.backbone.name)) is not None:
+        cfg.backbone.weights = str(own)  # also for what is said of it
+    return frozen_backbone(cfg.backbone)
 
 
 def frozen_backbone(node: DictConfig) -> FrozenBackbone:

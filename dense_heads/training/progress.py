@@ -58,6 +58,11 @@ class Progress(RichProgressBar):
             best = f"  ({pl_module.candidates[leader].name})" if len(pl_module.candidates) > 1 else ""
             log.info("step %d/%d  %s%s", trainer.global_step, trainer.max_steps, text, best)
 
+    @property
+    def total_train_batches(self) -> int | float:
+        """All of the run: Lightning would take those that are left after a resume, and count those done before too."""
+        return self.trainer.num_training_batches
+
     def _get_train_description(self, current_epoch: int) -> str:
         return "train"  # by steps; Lightning would count epochs
 

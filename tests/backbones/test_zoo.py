@@ -31,6 +31,7 @@ def test_the_zoo_can_be_read_without_torch():
         ("vitg14", (9, 19, 29, 39)),
         ("vitn14_reg", (1, 3, 5, 7)),
         ("vitt14_reg", (2, 5, 8, 11)),
+        ("vitp14_reg", (0, 2, 3, 5)),
     ],
 )
 def test_block_sets(name, even4):

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from dense_heads.__main__ import main
 from dense_heads.errors import UserError
 from dense_heads.training.checkpoints import load_checkpoint, newest_checkpoint
+from dense_heads.training.progress import Progress
 from dense_heads.training.segmentation import SegmentationModule
 
 STEPS = 24
@@ -118,6 +119,23 @@ def finished(tiny, tmp_path_factory):
     run = tmp_path_factory.mktemp("run") / "run"
     assert main([*tiny, "callbacks.checkpoints.every=2", f"run_dir={run}"]) == 0
     return run
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_bar_of_a_resumed_run_ends_where_the_run_does(tiny, tmp_path, monkeypatch, accumulate):
+    shown = []
+    finish = Progress.on_train_epoch_end
+
+    def look(self, *arguments):
+        finish(self, *arguments)
+        shown.append((self.train_progress_bar.completed, self.train_progress_bar.total))
+
+    monkeypatch.setattr(Progress, "on_train_epoch_end", look)
+    run = tmp_path / "run"
+    typed = ["trainer.max_steps=2", "trainer.val_check_interval=2", f"trainer.accumulate_grad_batches={accumulate}"]
+    assert main([*tiny, *typed, f"run_dir={run}"]) == 0
+    assert main([f"resume={run}", "trainer.max_steps=3"]) == 0
+    assert shown == [(2 * accumulate, 2 * accumulate), (3 * accumulate, 3 * accumulate)]
 
 
 def test_a_spoilt_newest_checkpoint_gives_way_to_the_one_before(finished, tmp_path):

@@ -42,7 +42,12 @@ def test_a_run_with_its_own_backbone_is_measured_moved_and_used(trained, tmp_pat
     before = json.loads((trained / "metrics.json").read_text())["metrics"]
     assert main(["mode=evaluate", f"model={trained}"]) == 0
     (folder,) = (trained / "evaluate").iterdir()
-    assert json.loads((folder / "metrics.json").read_text())["metrics"] == pytest.approx(before, abs=1e-6)
+    found = json.loads((folder / "metrics.json").read_text())
+    assert found["metrics"] == pytest.approx(before, abs=1e-6)
+    assert (
+        not any("random" in note for note in found["notes"])
+        and "learnt nothing" not in (folder / "report.html").read_text()
+    )
     image, _ = fake_pair(5)
     expected = dense_heads.load_model(trained).predict(image)
     moved = trained.rename(tmp_path / "elsewhere")
