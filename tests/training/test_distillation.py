@@ -2,6 +2,8 @@
 
 import csv
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -134,6 +136,23 @@ def test_the_distance_of_features_is_zero_at_the_teacher_only():
     assert float(feature_loss(2 * aim, target, smooth_l1=0)) == pytest.approx(0, abs=1e-4)
     assert float(feature_loss(2 * aim, target)) > 0.1
     assert float(feature_loss(-aim, target, cosine=1, smooth_l1=0)) == pytest.approx(2, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_a_teacher_of_a_billion_parameters_fits(tiny_ssl, tmp_path):
+    """Random weights; memory is measured in a process of its own, all of it included."""
+    (root,) = (override for override in tiny_ssl if override.startswith("data.root="))
+    typed = ["task=distillation", "backbone=vits14_reg", "backbone.weights=null", "teacher=vitg14_reg", root]
+    typed += ["teacher.weights=null", "data.image_size=112", "data.batch_size=2", "data.num_workers=0"]
+    typed += ["trainer.max_steps=2", "task.protocol.val_interval=2", "optim.warmup=0", f"run_dir={tmp_path / 'run'}"]
+    code = (
+        "import resource, sys; from dense_heads.__main__ import main; code = main(sys.argv[1:]); "
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss); sys.exit(code)"
+    )
+    ended = subprocess.run([sys.executable, "-c", code, *typed], capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    assert int(ended.stdout.split()[-1]) < 6e6  # kB; the weights in float32 alone are 4.5e6
+    assert json.loads((tmp_path / "run" / "card.json").read_text())["teacher"]["precision"] in ("streamed", "bfloat16")
 
 
 @pytest.mark.parametrize("fast", ["false", "true"])
