@@ -8,7 +8,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dense_heads.errors import UserError
-from dense_heads.heads.training_free import TrainingFreeHead, joined, label_of, patch_shares
+from dense_heads.heads.training_free import (
+    Source,
+    TrainingFreeHead,
+    best_offsets,
+    joined,
+    label_of,
+    left_out_together,
+    patch_shares,
+    sources_of,
+)
 from dense_heads.structures import Batch, Features
 
 
@@ -19,6 +28,7 @@ class _Seen:
     features: Tensor  # (D, h, w)
     shares: Tensor  # (K, h, w)
     labelled: Tensor  # (h, w)
+    source: Source
 
 
 @dataclass(frozen=True)
@@ -39,8 +49,8 @@ class PrototypeHead(TrainingFreeHead):
     is taken out first, without which all patches of a backbone look alike.
 
     Scores of all classes but the first get an offset each, in place of a threshold: chosen so that the Dice of the
-    support is largest, each support image predicted by the prototypes of the others (one alone by its own). An image
-    that is looked at in windows counts as so many images: windows that overlap help to predict each other.
+    support is largest, each support image (slice: volume) predicted by the prototypes of the others, one alone by its
+    own.
 
     Args:
         in_channels: width of each chosen block's map.
@@ -92,7 +102,8 @@ class PrototypeHead(TrainingFreeHead):
         """Take in support images and their `mask` (B, H, W)."""
         shares, labelled = patch_shares(label_of(batch), self.num_outputs, features)
         maps = joined(features, self.in_channels)
-        self._seen += [_Seen(*parts) for parts in zip(maps, shares, labelled, strict=True)]
+        sources = sources_of(batch, len(maps), len(self._seen))
+        self._seen += [_Seen(*parts) for parts in zip(maps, shares, labelled, sources, strict=True)]
 
     def conclude(self) -> None:
         """Make the prototypes and choose the offsets."""
@@ -164,37 +175,9 @@ class PrototypeHead(TrainingFreeHead):
 
     def _chosen_offsets(self, parts: Sequence[_Parts]) -> Tensor:
         scores, shares = [], []
-        for index, seen in enumerate(self._seen):
-            others = [*parts[:index], *parts[index + 1 :]] or parts
+        groups = left_out_together([seen.source for seen in self._seen])
+        for own, seen in zip(groups, self._seen, strict=True):
+            others = [part for group, part in zip(groups, parts, strict=True) if group != own] or parts
             scores.append(self._scores(seen.features, *self._together(others)).flatten(1))
             shares.append((seen.shares * seen.labelled).flatten(1))
         return best_offsets(torch.cat(scores, dim=1), torch.cat(shares, dim=1))
-
-
-def best_offsets(scores: Tensor, shares: Tensor, rounds: int = 2) -> Tensor:
-    """An offset for each class but the first, so that the winner by score + offset has the largest Dice.
-
-    Class by class, the others held: of all thresholds that separate patches, the one with the largest Dice of that
-    class against the rest, where a patch counts with the share of it that is labelled so.
-
-    Args:
-        scores: (K, N).
-        shares: (K, N) of each patch's pixels.
-        rounds: over the classes.
-
-    Returns:
-        (K,), the first 0.
-    """
-    offsets = scores.new_zeros(len(scores))
-    labelled = shares.sum(dim=0)
-    for _ in range(rounds if len(scores) > 2 else 1):
-        for number in range(1, len(scores)):
-            others = (scores + offsets[:, None]).clone()
-            others[number] = -torch.inf
-            margin, order = (scores[number] - others.amax(dim=0)).sort(descending=True)
-            right = shares[number][order].cumsum(0)
-            dice = 2 * right / (labelled[order].cumsum(0) + shares[number].sum()).clamp(min=1e-6)
-            best = int(dice.argmax())
-            after = margin[min(best + 1, len(margin) - 1)]
-            offsets[number] = -(margin[best] + after) / 2  # between the last one that is taken and the next
-    return offsets

@@ -1,7 +1,7 @@
 """The contract of heads that learn nothing by gradient: they look at labelled images once, then predict."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +10,13 @@ from torch import Tensor
 from dense_heads.errors import UserError
 from dense_heads.heads.base import Head
 from dense_heads.structures import IGNORE_INDEX, Batch, Features
+
+
+class Source(NamedTuple):
+    """Where labelled patches come from: an image, and the case that it belongs to (of a slice its volume)."""
+
+    case: str
+    image: str
 
 
 class TrainingFreeHead(Head):
@@ -21,7 +28,7 @@ class TrainingFreeHead(Head):
     default_support: int | None = None  # images that are looked at where nothing else is said; None: all
 
     def observe(self, features: Features, batch: Batch) -> None:
-        """Take in images and their `mask` (B, H, W)."""
+        """Take in images and their `mask` (B, H, W); `case_id` and `image_id` where they are known."""
         raise NotImplementedError
 
     def conclude(self) -> None:
@@ -80,3 +87,52 @@ def label_of(batch: Batch) -> Tensor:
             "(task.multilabel=true). Use a head that is trained, such as head=linear4."
         )
     return mask
+
+
+def sources_of(batch: Batch, num: int, seen: int) -> list[Source]:
+    """Where each of `num` images comes from; what has no name is a case by itself, numbered after the `seen` ones."""
+    images = batch.get("image_id") or [f"#{seen + index}" for index in range(num)]
+    return [Source(*names) for names in zip(batch.get("case_id") or images, images, strict=True)]
+
+
+def left_out_together(sources: Sequence[Source]) -> list[int]:
+    """A number for each image, equal where one must not help to predict the other.
+
+    That is in one case, or where there is one case only, in one image (which comes several times if it is looked at in
+    windows).
+    """
+    names: list[str] = [source.case for source in sources]
+    if len(set(names)) == 1:
+        names = [source.image for source in sources]
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
+    return [numbers[name] for name in names]
+
+
+def best_offsets(scores: Tensor, shares: Tensor, rounds: int = 2) -> Tensor:
+    """An offset for each class but the first, so that the winner by score + offset has the largest Dice.
+
+    Class by class, the others held: of all thresholds that separate patches, the one with the largest Dice of that
+    class against the rest, where a patch counts with the share of it that is labelled so.
+
+    Args:
+        scores: (K, N).
+        shares: (K, N) of each patch's pixels.
+        rounds: over the classes.
+
+    Returns:
+        (K,), the first 0, and 0 for a class that no patch shows.
+    """
+    offsets = scores.new_zeros(len(scores))
+    labelled = shares.sum(dim=0)
+    for _ in range(rounds if len(scores) > 2 else 1):
+        for number in (shares[1:].sum(dim=1) > 0).nonzero()[:, 0].add(1).tolist():
+            others = (scores + offsets[:, None]).clone()
+            others[number] = -torch.inf
+            margin, order = (scores[number] - others.amax(dim=0)).sort(descending=True)
+            right = shares[number][order].cumsum(0)
+            dice = 2 * right / (labelled[order].cumsum(0) + shares[number].sum()).clamp(min=1e-6)
+            dice[:-1][margin[:-1] == margin[1:]] = -1  # no threshold parts what is alike
+            best = int(dice.argmax())
+            after = margin[min(best + 1, len(margin) - 1)]
+            offsets[number] = -(margin[best] + after) / 2  # between the last one that is taken and the next
+    return offsets

@@ -37,12 +37,13 @@ def observe(module: DenseModule, support: Dataset[Any], how: Inference) -> None:
             raise UserError(f"{item['path']}: no label of one class for each pixel, which training-free heads need.")
         height, width = view_size(view)
         labels = F.interpolate(mask[None, None].float(), (height, width), mode="nearest-exact").long()[0]
+        source = {"image_id": [item["image_id"]], "case_id": [item.get("case_id", item["image_id"])]}
         for number, (box, flip) in enumerate(how.windows((height, width))):
             if flip:
                 continue
             levels = _levels(module, view, number, box)
             top, left, bottom, right = box
-            seen = {"mask": labels[:, top:bottom, left:right].to(module.device)}
+            seen = {"mask": labels[:, top:bottom, left:right].to(module.device), **source}
             for head, request in zip(module.heads, module.requests, strict=True):
                 assert isinstance(head, TrainingFreeHead)
                 head.observe(levels.features(request), seen)  # type: ignore[arg-type]

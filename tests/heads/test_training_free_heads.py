@@ -4,8 +4,8 @@ import torch.nn.functional as F
 
 from dense_heads.errors import UserError
 from dense_heads.heads.patch_knn import PatchKNNHead
-from dense_heads.heads.prototype import PrototypeHead, best_offsets
-from dense_heads.heads.training_free import patch_shares
+from dense_heads.heads.prototype import PrototypeHead
+from dense_heads.heads.training_free import Source, best_offsets, left_out_together, patch_shares
 from dense_heads.structures import Features
 
 K, D = 3, 12
@@ -84,7 +84,7 @@ def test_local_prototypes_come_from_cells_that_belong_to_a_class():
 
 
 def test_nearest_patches_by_hand():
-    head = PatchKNNHead([D], K, k=7, temperature=0.1)
+    head = PatchKNNHead([D], K, k=7, temperature=0.1, calibrate=False)
     bank, votes = [], []
     for seed in range(2):
         features, batch, patches = scene(seed)
@@ -131,6 +131,69 @@ def test_offsets_maximise_the_dice_of_the_support():
     ordered = scores[1].sort().values
     between = (ordered[1:] + ordered[:-1]) / 2  # one threshold in each gap: all that differ
     assert dice(offset[1]) == pytest.approx(max(dice(-threshold) for threshold in between), abs=1e-6)
+
+
+def test_offsets_part_only_what_differs():
+    """Votes are alike for many patches: a threshold takes all of them or none."""
+    scores = torch.stack([torch.zeros(6), torch.tensor([3.0, 1.0, 1.0, 1.0, -1.0, -1.0])])
+    truth = torch.tensor([1, 1, 0, 1, 0, 0])
+    found = scores[1] + best_offsets(scores, F.one_hot(truth, 2).T.float())[1] > scores[0]
+    assert found.tolist() == [True, True, True, True, False, False]
+
+
+def faint(seed, rare):
+    """A few patches of class 1 hardly told from class 0: most of their neighbours are of class 0."""
+    generator = torch.Generator().manual_seed(seed)
+    patches = (torch.rand(1, 20, 20, generator=generator) < rare).long()
+    map = torch.randn(1, D, 20, 20, generator=generator) + 1.6 * patches[:, None] * torch.eye(D)[0][:, None, None]
+    mask = patches.repeat_interleave(14, 1).repeat_interleave(14, 2)
+    return Features((map,), (map.mean(dim=(2, 3)),), (280, 280)), {"mask": mask}, patches
+
+
+def test_a_rare_class_is_found_however_large_the_bank():
+    def dice(num, calibrate):
+        head = PatchKNNHead([D], 2, calibrate=calibrate)
+        for seed in range(num):
+            features, batch, _ = faint(seed, 0.3 if seed == 0 else 0.05)  # the first is chosen for what it shows
+            head.observe(features, batch)
+        head.conclude()
+        scores = []
+        for seed in range(50, 55):
+            features, _, patches = faint(seed, 0.05)
+            found = head(features).argmax(dim=1)
+            scores.append(2 * (found & patches).sum() / (found.sum() + patches.sum()))
+        return float(torch.stack(scores).mean())
+
+    assert dice(20, calibrate=False) < 0.7 * dice(1, calibrate=False)  # by majority: more images find less
+    assert dice(20, calibrate=True) > 1.3 * dice(1, calibrate=True) > 0.2
+
+
+def test_a_bank_of_one_image_is_calibrated_by_its_other_patches():
+    features, batch, patches = scene(0)
+    head = PatchKNNHead([D], K, k=1)
+    head.observe(features, batch)
+    head.conclude()
+    assert (head(features).argmax(dim=1) == patches).float().mean() > 0.95 and torch.isfinite(head.offsets).all()
+
+
+def test_what_belongs_together_is_left_out_together():
+    slices = [Source("a", "a_1"), Source("a", "a_2"), Source("b", "b_1"), Source("a", "a_1")]
+    assert left_out_together(slices) == [0, 0, 1, 0]
+    assert left_out_together([slices[0], slices[1], slices[3]]) == [0, 1, 0]  # of one volume: slice by slice
+
+
+def test_windows_of_one_image_do_not_predict_each_other():
+    """Every image seen twice, with twice the neighbours, is the same as once: its copy has no vote on it."""
+
+    def offsets(names, k):
+        head = PatchKNNHead([D], 2, k=k)
+        for name in names:
+            features, batch, _ = faint(ord(name), 0.1)
+            head.observe(features, {**batch, "image_id": [name], "case_id": [name]})
+        head.conclude()
+        return head.offsets
+
+    torch.testing.assert_close(offsets("aabb", 10), offsets("ab", 5))
 
 
 def test_shares_leave_ignored_pixels_out():
