@@ -131,10 +131,10 @@ def refuse_leaks(splits: Mapping[str, Sequence[str]], patients: Mapping[str, str
         ]
         listing = "\n".join(f"- {line}" for line in told[:5])
         more = f"\n... and {len(told) - 5} more" if len(told) > 5 else ""
+        who = "1 patient is" if len(leaks) == 1 else f"{len(leaks)} patients are"
         raise UserError(
-            f"{len(leaks)} patients are in two splits:\n{listing}{more}\nA score on a patient who was trained on means "
-            "nothing. Move all cases of a patient into one split, or set task.data.patients if these are not one "
-            "patient."
+            f"{who} in two splits:\n{listing}{more}\nA score on a patient who was trained on means nothing. "
+            "Move all cases of a patient into one split, or set task.data.patients if these are not one patient."
         )
 
 
