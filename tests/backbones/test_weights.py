@@ -254,6 +254,13 @@ def test_in_house_weights(tmp_path, source, monkeypatch):
         load_backbone("vits14", weights="in-house")
 
 
+def test_the_weights_that_ship_are_small_and_whole():
+    file = weights_module.IN_HOUSE / f"{NAME}.safetensors"
+    assert file.stat().st_size <= 9_000_000
+    with safe_open(file, "pt") as content:
+        assert content.metadata()["fingerprint"] == load_backbone(NAME, weights="in-house").fingerprint()
+
+
 def test_official_weights_of_an_in_house_size():
     with pytest.raises(UserError, match=r"no official weights for vitn14_reg.*vits14"):
         load_backbone(NAME, weights="official")
