@@ -13,11 +13,14 @@ from dense_heads.errors import UserError
 
 WITHOUT_NETWORK = ("pixels", "position", "pixels_position")
 POSITION_DIM = 64
+# Waves over a side, as powers of 2 of half a wave: from a quarter to two. Faster ones are alike in all patches of some
+# grid (16 waves on 16 patches), and a batch normalisation that learned there blows them up on any other.
+OCTAVES = (-1, 2)
 
 
 def sine_position(rows: int, columns: int) -> Tensor:
     """(1, rows * columns, POSITION_DIM): sines and cosines of the place of each patch, 0..1 over the image's sides."""
-    frequencies = torch.pi * 2.0 ** torch.linspace(-1, 5, POSITION_DIM // 4)
+    frequencies = torch.pi * 2.0 ** torch.linspace(*OCTAVES, POSITION_DIM // 4)
     vertical = (torch.arange(rows) + 0.5)[:, None] / rows * frequencies  # rows, D/4
     horizontal = (torch.arange(columns) + 0.5)[:, None] / columns * frequencies
     grid = torch.cat((vertical[:, None].expand(-1, columns, -1), horizontal[None].expand(rows, -1, -1)), dim=2)
@@ -59,4 +62,4 @@ class Pixels(Backbone):
 
     def fingerprint(self) -> str:
         """A constant: there is nothing to learn."""
-        return hashlib.sha256(f"{self.name} {self.in_channels} {self.patch_size}".encode()).hexdigest()[:16]
+        return hashlib.sha256(f"{self.name} {self.in_channels} {self.patch_size} {OCTAVES}".encode()).hexdigest()[:16]

@@ -50,3 +50,9 @@ def test_position_says_where_a_patch_is_and_nothing_else():
     both = load_backbone("pixels_position", None)(torch.ones(1, 3, 42, 56))["patch_tokens"]
     assert both.shape == (1, 12, 652) == (1, 12, load_backbone("pixels_position").embed_dim)
     torch.testing.assert_close(both[..., 588:], tokens[:1])
+
+
+def test_every_channel_of_position_tells_patches_apart_on_every_grid():
+    for side in range(5, 75):  # 70 to 1036 pixels
+        tokens = load_backbone("position", None)(torch.zeros(1, 3, 14 * side, 14 * side))["patch_tokens"][0]
+        assert tokens.std(dim=0).min() > 0.1, side
