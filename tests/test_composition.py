@@ -226,7 +226,8 @@ def test_a_backbones_option_bears_its_name(option):
     node = with_option("backbone", option).backbone
     assert node.name == option == get_spec(option).name
     official = re.fullmatch(r"vit[sblg]14(_reg)?", option)
-    assert node.weights == ("official" if official else None)
+    in_house = "in-house" if option == "vitn14_reg" else None
+    assert node.weights == ("official" if official else in_house)
 
 
 @pytest.mark.parametrize("task", ["segmentation", *(t for t in TASKS if family_of(t) == "segmentation")])
@@ -262,7 +263,7 @@ def test_every_task_folder_is_whole(task):
 def test_the_default_job():
     cfg = composed()
     assert (cfg.mode, cfg.task.name, cfg.backbone.name, cfg.head.blocks) == ("fit", "nuclei", "vitn14_reg", "last4")
-    assert Path(cfg.data.root).is_dir() and cfg.backbone.weights is None
+    assert Path(cfg.data.root).is_dir() and cfg.backbone.weights == "in-house"
 
 
 def test_data_keys_default_to_the_tasks_own_and_can_be_typed():

@@ -270,7 +270,7 @@ def test_the_default_job_from_an_empty_folder(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["outputs"]
     finals = read_json(run / "metrics.json")
     assert finals["baseline"]["name"] == "raw pixels" and finals["protocol"]["images"] == {"train": 48, "val": 16}
-    assert "random" in (run / "report.html").read_text(encoding="utf-8")
+    assert "in-house" in (run / "report.html").read_text(encoding="utf-8")
 
 
 def test_windows_of_several_images_share_a_batch_and_change_nothing(fitted, tmp_path):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dense_heads.backbones.weights import load_backbone
+from dense_heads.backbones.weights import IN_HOUSE, load_backbone
 from dense_heads.backbones.zoo import BACKBONES, get_spec, resolve_blocks
 from dense_heads.build.heads import HOW_IT_RUNS
 from dense_heads.errors import UserError
@@ -65,4 +65,5 @@ def test_every_backbone_has_an_option_and_every_key_is_an_argument():
         assert option.pop("_target_") == "dense_heads.backbones.weights.load_backbone"
         bound = inspect.signature(load_backbone).bind(**option).arguments
         assert bound["name"] == name
-        assert bound["weights"] == ("official" if BACKBONES[name].official else None)
+        in_house = "in-house" if (IN_HOUSE / f"{name}.safetensors").is_file() else None
+        assert bound["weights"] == ("official" if BACKBONES[name].official else in_house)
