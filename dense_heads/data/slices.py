@@ -186,6 +186,12 @@ class SliceDataset(SegmentationDataset):
         grey = (255 * self.store.stack(sample.case).grey[0, sample.index]).round().astype(np.uint8)
         return np.repeat(grey[..., None], 3, axis=2)
 
+    def view(self, index: int) -> SliceView:
+        """How the volume of a slice was cut."""
+        sample = self.samples[index]
+        assert isinstance(sample, Slice)
+        return view_of(case_frame(sample.case), self.store.cut.plane)
+
     def shown(self) -> list[set[int]]:
         """For each slice the classes of its label but the background."""
         slices = (sample for sample in self.samples if isinstance(sample, Slice))

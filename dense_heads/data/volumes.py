@@ -23,6 +23,7 @@ PLANES = ("sagittal", "coronal", "axial")
 _TRAILING = 2**16  # bytes that may follow the voxels: extensions of other programs
 _LARGEST = 2**31  # voxels: beyond it a header is broken or hostile
 _VIEWED_AS = ("L", "P", "I")  # where the turned axes point: to the left, to the back, down
+_OPPOSITE = {"L": "R", "P": "A", "I": "S"}
 # Of the turned axes: the one that slices are taken along, that of the rows, that of the columns.
 _LAID_OUT = {"sagittal": (0, 2, 1), "coronal": (1, 2, 0), "axial": (2, 1, 0)}
 
@@ -58,6 +59,11 @@ class SliceView:
     order: tuple[int, int, int]  # the stored axis of slices, rows, columns
     flips: tuple[bool, bool, bool]  # whether it is walked backwards
     spacing: tuple[float, float, float]  # mm between slices, rows, columns
+    edges: tuple[str, str]  # what lies at the left and at the upper edge of a slice: R, A or S
+
+    def stored_index(self, index: int, num_slices: int) -> int:
+        """The number that a slice has in the file, as other viewers count."""
+        return num_slices - 1 - index if self.flips[0] else index
 
     def slices(self, stored: Array) -> Array:
         """(..., X, Y, Z) -> (..., S, H, W)."""
@@ -98,7 +104,8 @@ def view_of(frame: Frame, plane: str | None = None) -> SliceView:
     s, h, w = _LAID_OUT[plane]
     order = stored[s], stored[h], stored[w]
     flips = tuple(bool(turn[axis, 1] < 0) for axis in order)
-    return SliceView(order, (flips[0], flips[1], flips[2]), (spacing[s], spacing[h], spacing[w]))
+    edges = _OPPOSITE[_VIEWED_AS[w]], _OPPOSITE[_VIEWED_AS[h]]
+    return SliceView(order, (flips[0], flips[1], flips[2]), (spacing[s], spacing[h], spacing[w]), edges)
 
 
 def is_nifti(path: Path) -> bool:

@@ -70,7 +70,8 @@ class CasePictures:
             )
         grey = np.stack([image[..., 0] for image in images]) / 255
         label, prediction = (np.stack(planes, axis=-3) for planes in (labels, predictions))
-        return montage(grey, without_ignored(label), prediction, colours, names, title, self.multilabel)
+        view = self.datasets[stage].view(places[0])
+        return montage(grey, without_ignored(label), prediction, view, colours, names, title, self.multilabel)
 
 
 def chosen_cases(rows: dict[str, dict[str, Any]]) -> list[tuple[str, str]]:

@@ -5,10 +5,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageDraw
 
+from dense_heads.data.volumes import SliceView
 from dense_heads.report.panel import grow
-from dense_heads.report.sheet import Colour, Pixels, compose
+from dense_heads.report.sheet import Colour, Pixels, compose, font
 from dense_heads.structures import IGNORE_INDEX
 
 Labels = NDArray[np.integer[Any]]  # (H, W) or (S, H, W) class ids; with several labels (K, ...) of 0 and 1
@@ -93,6 +94,7 @@ def montage(
     grey: NDArray[np.floating[Any]],
     label: Labels | None,
     prediction: Labels,
+    view: SliceView,
     palette: Pixels,
     class_names: Sequence[str],
     title: str = "",
@@ -100,10 +102,14 @@ def montage(
 ) -> Image.Image:
     """Slices of a volume with outlines: the prediction in the classes' colours, the label in white.
 
+    Slices have their true proportions, the numbers that the file gives them, and letters at the edges: R the patient's
+    right, A front, S above.
+
     Args:
         grey: (S, H, W), 0 to 1.
         label: class ids (S, H, W), with several labels (K, S, H, W); None where nothing is known.
         prediction: the same.
+        view: how the volume was cut.
         palette: RGB of each class, (K, 3).
         class_names: K names.
         title: one line above the slices.
@@ -112,9 +118,7 @@ def montage(
     found = class_masks(prediction, len(palette), multilabel)
     known = [] if label is None else class_masks(label, len(palette), multilabel)
     chosen = chosen_slices(np.any(np.stack([*found, *known]), axis=0))
-    height, width = grey.shape[1:]
-    scale = min(TILE / max(height, width), 8.0)
-    size = max(1, round(width * scale)), max(1, round(height * scale))
+    size = tile_size(grey.shape[1:], view.spacing[1:])
     colours = drawn_colours(palette, multilabel)
     tiles = []
     for index in chosen:
@@ -122,9 +126,27 @@ def montage(
         shown = np.asarray(Image.fromarray(plane).resize(size, Image.Resampling.BICUBIC))
         shown = outlined(shown, [grow(mask[index], size) for mask in found], colours, 2)
         shown = outlined(shown, [grow(mask[index], size) for mask in known], [LABEL] * len(known))
-        tiles.append((f"slice {index}", shown))
+        tiles.append((f"slice {view.stored_index(index, len(grey))}", with_edges(shown, view.edges)))
     entries = legend(palette, class_names, multilabel)
     return compose(tiles, 6, [*entries, *([("label", LABEL)] if known else [])], title)
+
+
+def tile_size(shape: Sequence[int], spacing: Sequence[float]) -> tuple[int, int]:
+    """(width, height) on a sheet of slices of `shape` (H, W) with `spacing` mm between rows and between columns."""
+    finest = min(spacing)
+    height, width = (num * mm / finest for num, mm in zip(shape, spacing, strict=True))
+    scale = min(TILE / max(height, width), 8.0)
+    return max(1, round(width * scale)), max(1, round(height * scale))
+
+
+def with_edges(image: Pixels, edges: tuple[str, str]) -> Pixels:
+    """The image (H, W, 3) with a letter at its left and one at its upper edge."""
+    drawn = Image.fromarray(image)
+    draw, letters = ImageDraw.Draw(drawn), font(12, bold=True)
+    left, top = (4, drawn.height / 2), (drawn.width / 2, 3)
+    for place, letter, anchor in ((left, edges[0], "lm"), (top, edges[1], "mt")):
+        draw.text(place, letter, LABEL, letters, anchor=anchor, stroke_width=1, stroke_fill=(0, 0, 0))
+    return np.asarray(drawn)
 
 
 def chosen_slices(occupied: NDArray[np.bool_]) -> list[int]:

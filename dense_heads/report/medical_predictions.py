@@ -42,9 +42,8 @@ class VolumeWriter(Writer):
         stack = self.cut.stack(pixels)
         palette = np.array(self.card.colours, dtype=np.uint8)
         middle = stack.grey[0]
-        sheet = montage(
-            middle, None, stack.view.slices(prediction), palette, self.card.classes, name, self.multilabel
-        )  # fmt: skip
+        shown = stack.view.slices(prediction)
+        sheet = montage(middle, None, shown, stack.view, palette, self.card.classes, name, self.multilabel)
         path = self.output / "montages" / f"{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         sheet.save(path)

@@ -61,6 +61,13 @@ def test_planes_are_shown_as_radiologists_see_them(plane, row, column):
     for step_axis, letter in ((1, row), (2, column)):
         along = np.diff(view.slices(places[world[letter]]), axis=step_axis)
         assert (along == sign[letter]).all()
+    opposite = dict(zip("LPI", "RAS", strict=True))
+    assert view.edges == (opposite[column], opposite[row])  # what is left and on top comes before the first step
+    flipped = np.arange(5 * 6 * 7).reshape(5, 6, 7)
+    num = flipped.shape[view.order[0]]
+    for index, one in enumerate(view.slices(flipped)):
+        theirs = flipped.take(view.stored_index(index, num), axis=view.order[0])
+        assert set(one.ravel()) == set(theirs.ravel())
 
 
 def test_slices_are_cut_across_the_coarsest_spacing_else_axial():
