@@ -3,7 +3,7 @@ from PIL import Image
 
 from dense_heads.data.volumes import Frame, view_of
 from dense_heads.report import medical_panel
-from dense_heads.report.medical_panel import montage, tile_size, with_edges
+from dense_heads.report.medical_panel import chosen_slices, montage, tile_size, with_edges
 from tests.volumes import affine_of
 
 PALETTE = np.array([(0, 0, 0), (230, 80, 60)], dtype=np.uint8)
@@ -43,3 +43,16 @@ def test_a_montage_counts_slices_as_the_file_does(monkeypatch):
         cut = view.slices(labels)
         montage(np.zeros(cut.shape), None, cut, view, PALETTE, ["background", "organ"])
     assert captions == [["slice 1"], ["slice 1"]]
+
+
+def test_slices_are_spread_over_what_is_there_and_not_over_specks():
+    occupied = np.zeros((40, 20, 20), bool)
+    assert chosen_slices(occupied)[0] == 0 and chosen_slices(occupied)[-1] == 39
+    occupied[7, 3, 3] = True
+    assert chosen_slices(occupied) == [7]
+    occupied[20:30, 5:15, 5:15] = True
+    assert chosen_slices(occupied) == list(range(20, 30))
+    occupied[2, 0, 0] = occupied[38, 19, 19] = True
+    assert chosen_slices(occupied) == list(range(20, 30))
+    occupied[33:36, 5:15, 5:15] = True  # a second part, large enough to count
+    assert chosen_slices(occupied)[0] == 20 and chosen_slices(occupied)[-1] == 35
