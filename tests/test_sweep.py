@@ -90,8 +90,12 @@ def study_of(run):
 
 
 def equal_heads(run, other):
-    ours, theirs = load_file(run / "head.safetensors"), load_file(other / "head.safetensors")
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    equal_weights(run, other, "head.safetensors")
+
+
+def equal_weights(run, other, name, expected=True):
+    ours, theirs = load_file(run / name), load_file(other / name)
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours) == expected
 
 
 def same(run, other):
@@ -161,6 +165,25 @@ def test_another_backbone_is_made_where_it_changes(tiny, tmp_path, monkeypatch):
     assert main([*typed, "trainer.max_steps=2", f"run_dir={tmp_path / 'run'}"]) == 0
     assert {kw["seed"] for kw in made} == {0, 1} and 2 <= len(made) <= 4
     assert {row["params"]["backbone.seed"] for row in study_of(tmp_path / "run")} == {0, 1}
+
+
+def test_each_trial_trains_a_backbone_of_its_own(tiny, tmp_path):
+    """From the same start, as the run that its overrides describe; the best one's is the sweep's."""
+    run = tmp_path / "run"
+    space = "sweep.space={optim.backbone_lr: [1e-4, 1e-2]}"
+    typed = ["mode=sweep", "sweep=own", space, "sweep/sampler=grid", "sweep.trials=null", "backbone.trainable=true"]
+    assert main([*typed, *tiny, "backbone.weights=null", "trainer.max_steps=2", f"run_dir={run}"]) == 0
+    best = max(study_of(run), key=lambda row: row["value"])["number"]
+    for number in (0, 1):
+        trial, alone = run / "trials" / f"{number:04d}", tmp_path / str(number)
+        assert main([*yaml.safe_load((trial / "overrides.yaml").read_text()), f"run_dir={alone}"]) == 0
+        equal_weights(trial, alone, "backbone.safetensors")
+        equal_weights(trial, run, "backbone.safetensors", number == best)
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert metrics["backbone"]["trained"] and metrics["metrics"]["val/miou"] == study_of(run)[best]["value"]
+    assert main(["mode=evaluate", f"model={run}"]) == 0
+    again = json.loads(next(run.glob("evaluate/*/metrics.json")).read_text())
+    assert again["metrics"] == pytest.approx(metrics["metrics"], abs=1e-6)
 
 
 def test_a_test_split_is_measured_once_and_of_the_best_trial_only(tmp_path):

@@ -66,7 +66,6 @@ def _trained_backbone(cfg: DictConfig) -> TrainedBackbone:
             f"backbone learns with the heads of {' and '.join(TRAINABLE_FAMILIES)}; on images with task=pretraining."
         )
     for wrong, why in (
-        (cfg.mode == "sweep", "mode=sweep: its trials share one backbone, which must not change. Use -m"),
         (
             cfg.cache.kind != "off",
             f"cache={cfg.cache.kind}: features of a backbone that learns change. Use cache=off",

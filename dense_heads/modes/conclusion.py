@@ -7,11 +7,12 @@ from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
+from safetensors.torch import load_file
 
 from dense_heads.build.study import importances
 from dense_heads.build.training import make_trainer
 from dense_heads.errors import UserError
-from dense_heads.models.artefact import HEAD_FILE, trained_head
+from dense_heads.models.artefact import BACKBONE_FILE, HEAD_FILE, trained_head
 from dense_heads.models.card import CARD_FILE, read_card
 from dense_heads.modes.learning import measure
 from dense_heads.modes.outcome import Measured, trained_steps, untrained, write_outcome
@@ -61,12 +62,15 @@ def conclude(cfg: DictConfig, search: Search, seconds: float) -> float:
 
 def _measure_best(search: Search, best: TrialRow, overrides: list[str], sweep: Sweep, seconds: float) -> dict[str, Any]:
     folder, own = search.trials.folder, search.trials.folder_of(best.number)
-    for name in (HEAD_FILE, CARD_FILE, "metrics.csv"):
-        write_atomically(folder / name, (own / name).read_bytes())
+    for name in (HEAD_FILE, CARD_FILE, "metrics.csv", BACKBONE_FILE):
+        if (own / name).is_file():  # the backbone, where it was trained
+            write_atomically(folder / name, (own / name).read_bytes())
     with search.trials.composed(overrides, pictures=True) as cfg:
         cfg.model = str(own)
-        heads = [trained_head(own, search.trials.frozen(cfg))]
-        parts = search.trials.parts(cfg, heads=heads)
+        frozen = search.trials.frozen(cfg)
+        if frozen.learns:
+            frozen.backbone.load_state_dict(load_file(own / BACKBONE_FILE))
+        parts = search.trials.parts(cfg, frozen, heads=[trained_head(own, frozen)])
         parts.notes.append(f"The best of a sweep's trials ({counted(sweep)}) by {sweep.score}: trial {best.number}.")
         stage = measure(make_trainer(cfg, folder, parts, []), parts)
         choices = {**HydraConfig.get().runtime.choices, "head": read_card(own).head["name"]}

@@ -30,7 +30,7 @@ from dense_heads.training.reporting import Report, Reporting
 
 
 class Trials:
-    """Runs trials one after another in one process; the frozen backbone stays while its config does."""
+    """Runs trials one after another in one process; a frozen backbone stays while its config does."""
 
     def __init__(self, base: Sequence[str], output_dir: str) -> None:
         """`base`: what was typed for every trial; `output_dir`: of the command, where a cache may lie."""
@@ -62,15 +62,19 @@ class Trials:
                 cfg.logger.wandb.group = "-".join(self.folder.parts[-2:])
             yield cfg
 
-    def parts(self, cfg: DictConfig, **more: Any) -> Parts:
+    def parts(self, cfg: DictConfig, frozen: FrozenBackbone | None = None, **more: Any) -> Parts:
         """What a trial is made of; data that have been checked are not checked again."""
+        frozen = self.frozen(cfg) if frozen is None else frozen
         data = [plain(cfg.data), plain(cfg.task.data), cfg.task.get("num_classes")]
-        made = make_parts(cfg, check=data not in self._checked, frozen=self.frozen(cfg), **more)
+        made = make_parts(cfg, check=data not in self._checked, frozen=frozen, **more)
         self._checked = [data]
         return made
 
     def frozen(self, cfg: DictConfig) -> FrozenBackbone:
-        """The config's backbone; the one of before where nothing about it has changed."""
+        """The config's backbone; the one of before where nothing about it has changed, unless it learns."""
+        if cfg.backbone.trainable:
+            self._backbone = None
+            return backbone(cfg)
         wanted = plain(cfg.backbone)
         if self._backbone is None or self._backbone[0] != wanted:
             self._backbone = None  # let go of one before the other is there
