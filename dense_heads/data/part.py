@@ -37,6 +37,10 @@ class Part(Dataset[Any]):
         """A sample as a person sees it."""
         return self.whole.picture(self.indices[index])
 
+    def view(self, index: int) -> Any:
+        """How the volume of a slice was cut."""
+        return self.whole.view(self.indices[index])
+
     def shown(self) -> list[set[int]] | None:
         """For each sample the classes of its label but the background; None where the whole does not tell."""
         if not hasattr(self.whole, "shown"):
