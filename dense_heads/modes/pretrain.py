@@ -19,6 +19,7 @@ from dense_heads.modes.folder import run_folder
 from dense_heads.modes.outcome import commit, hardware
 from dense_heads.modes.resume import checkpoint_to_resume
 from dense_heads.ops.files import write_atomically
+from dense_heads.report.curves import save_curves
 from dense_heads.training.loggers import finish_loggers
 
 log = logging.getLogger("dense_heads")
@@ -49,6 +50,8 @@ def main(cfg: DictConfig) -> float | None:
     if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
         write_result(folder, cfg, parts, trainer.global_step, seconds)
         finish_loggers(loggers, {f"val/{name}": value for name, value in found.items()})
+        save_curves(folder / "metrics.csv", folder / "pictures")
+        log.info("curves %s", folder / "pictures")
     return next(iter(found.values()), None)
 
 

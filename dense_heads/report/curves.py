@@ -71,19 +71,28 @@ def read_series(path: Path) -> dict[str, Series]:
 
 
 def draw_curves(path: Path) -> dict[str, Figure]:
-    """Figures of `metrics.csv` by title (`Loss`, `Learning rate`, `Validation`); those with nothing to show are absent.
+    """Figures of `metrics.csv` by title, `Loss` and `Validation` among them; those with nothing to show are absent.
 
     Raises:
         UserError: see `read_series`.
     """
     series = read_series(path)
-    groups = {"Loss": _losses(series), "Learning rate": {}, "Validation": {}}
+    titles = ("Parts of the loss", "Teacher", "Learning rate", "Validation", "Rank of the features")
+    groups = {"Loss": _losses(series), **{title: {} for title in titles}}
     for name, one in series.items():
+        kind, _, rest = name.partition("/")
         if name == "lr" or name.startswith(("lr/", "lr-")):
             groups["Learning rate"][name] = one
-        elif name.startswith("val/") and not name.startswith("val/loss"):
-            groups["Validation"][name.removeprefix("val/")] = one
-    return {title: _figure(lines, smooth=title == "Loss") for title, lines in groups.items() if lines}
+        elif kind == "train" and not rest.startswith("loss"):
+            groups["Parts of the loss"][rest] = one
+        elif kind == "teacher" and not rest.endswith("temp"):  # entropies, or cosines to its features
+            groups["Teacher"][rest] = one
+        elif kind == "val" and rest.rsplit("/", 1)[-1] == "rank":
+            groups["Rank of the features"][rest] = one
+        elif kind == "val" and not rest.startswith("loss"):
+            groups["Validation"][rest] = one
+    smooth = ("Loss", "Parts of the loss", "Teacher")
+    return {title: _figure(lines, smooth=title in smooth) for title, lines in groups.items() if lines}
 
 
 def save_curves(path: Path, folder: Path, suffix: str = ".png") -> list[Path]:

@@ -58,6 +58,21 @@ def test_figures_hold_the_logged_values(tmp_path):
     assert len(smooth.get_ydata()) == len(pale.get_ydata()) and smooth.get_ydata()[0] == pale.get_ydata()[0]
 
 
+def test_parts_of_the_loss_and_rank_have_figures_of_their_own(tmp_path):
+    (tmp_path / "metrics.csv").write_text(
+        "step,train/loss,train/dino,train/ibot,teacher/entropy,teacher/temp,val/knn10_top1,val/rank\n"
+        "0,3,1,2,2.5,0.04,,\n1,2,0.5,1.5,2.4,0.07,0.3,70\n"
+    )
+    figures = draw_curves(tmp_path / "metrics.csv")
+    assert list(figures) == ["Loss", "Parts of the loss", "Teacher", "Validation", "Rank of the features"]
+    assert {name: list(line.get_ydata()) for name, line in lines(figures["Parts of the loss"]).items()} == {
+        "dino": [1, 0.5],
+        "ibot": [2, 1.5],
+    }
+    drawn = [[list(line.get_ydata()) for line in figures[title].axes[0].get_lines()] for title in list(figures)[2:]]
+    assert drawn == [[[2.5, 2.4]], [[0.3]], [[70]]]
+
+
 def test_candidates_have_their_own_lines_and_the_best_are_named(tmp_path):
     names = tuple(f"linear4_lr{number}" for number in range(12))
     write_curves(tmp_path / "metrics.csv", candidates=names)

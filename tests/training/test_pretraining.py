@@ -53,6 +53,8 @@ def test_curves_hold_what_a_person_looks_for(pretrained):
     )
     assert 0 < float(rows[0]["teacher/entropy"]) <= math.log(12) + 1e-5
     assert float(last["val/knn1_top1"]) == 1.0  # dark and light pictures
+    drawn = {file.stem for file in (pretrained / "pictures").glob("*.png")}
+    assert drawn >= {"loss", "parts_of_the_loss", "validation", "rank_of_the_features"}
 
 
 def test_the_small_recipe_trains_from_whitened_patches(tiny_ssl, tmp_path):
