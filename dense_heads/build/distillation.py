@@ -165,9 +165,9 @@ def _heads_of_run(run: Path) -> dict[str, dict[str, int]]:
         return {
             name: {key: int(described[name][key]) for key in keys if key in described[name]}
             for name in ("dino", "ibot")
-            if name in described
+            if described.get(name) is not None
         }
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} does not say how the teacher's heads are made ({error}).") from error
 
 

@@ -34,6 +34,7 @@ def objective(cfg: DictConfig, **more: Any) -> Objective:
     """`task.objective`, with `more` on top."""
     options: dict[str, Any] = {**plain(cfg.task.objective), **more}
     options = {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
+    options["heads"] = {name: head for name, head in (options["heads"] or {}).items() if head is not None}
     return Objective(**options)
 
 

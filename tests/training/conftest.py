@@ -57,7 +57,7 @@ def tiny_ssl(tmp_path_factory):
         "task.crops.local_size=28",
         "task.crops.num_local=2",
         "task.objective.heads.dino={num_prototypes: 12, hidden_dim: 16, bottleneck_dim: 8}",
-        "+task.objective.heads.ibot={num_prototypes: 10, hidden_dim: 16, bottleneck_dim: 8}",
+        "task.objective.heads.ibot={num_prototypes: 10, hidden_dim: 16, bottleneck_dim: 8}",
         f"task.probe.root={root / 'probe'}",
         "task.probe={ks: [1, 3], resize: 32, crop: 28}",
         "task.backbone={drop_path: 0.1, layer_scale: 1.0}",  # the published 1e-5 has rank 1 in a run this short
