@@ -53,6 +53,7 @@ def _set_up_logging() -> None:
         ".*module\\(s\\) in eval mode.*",
         ".*your dataloader is not resumable.*",  # it is: it starts at the checkpoint's step
         ".*treespec, LeafSpec.*",
+        ".*across ranks is zero.*",  # no validation images where no probe is asked for
         ".*sync_dist=True.*",  # what is logged has been summed over the processes already
     ):
         warnings.filterwarnings("ignore", text)
