@@ -28,5 +28,22 @@ class FeaturePredictor(nn.Module):
         return self.patch(patch_tokens), self.image(cls_token)
 
 
+class FeatureProjector(nn.Module):
+    """A student's patch tokens (..., D) and cls tokens (..., D) -> its teacher's, each through one linear layer.
+
+    Linear, so that what the teacher's tokens say stands in the student's own, where linear heads will look for it.
+    """
+
+    def __init__(self, width: int, teacher_width: int, seed: int = 0) -> None:
+        super().__init__()
+        self.patch = nn.Linear(width, teacher_width)
+        self.image = nn.Linear(width, teacher_width)
+        seeded_init(self, seed)
+
+    def forward(self, patch_tokens: Tensor, cls_token: Tensor) -> tuple[Tensor, Tensor]:
+        """See the class."""
+        return self.patch(patch_tokens), self.image(cls_token)
+
+
 def _mlp(width: int, out: int) -> nn.Sequential:
     return nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width, eps=1e-6), nn.Linear(width, out))

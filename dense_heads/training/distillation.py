@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dense_heads.backbones.vit import VisionTransformer
 from dense_heads.backbones.zoo import resolve_blocks
 from dense_heads.errors import UserError
-from dense_heads.heads.features import FeaturePredictor
+from dense_heads.heads.features import FeatureProjector
 from dense_heads.losses.distillation import feature_loss, similarity
 from dense_heads.metrics.neighbours import NeighbourProbe
 from dense_heads.models.dense import FrozenBackbone, leave_out_of_state_dicts
@@ -61,7 +61,7 @@ class _Taught:
 
 
 class FeatureDistillation(_Taught, BackboneTraining):
-    """Students predict the teacher's patch and cls tokens from their own, through a small network that is thrown away.
+    """Students predict the teacher's patch and cls tokens from their own, through a linear layer that is thrown away.
 
     For teachers without heads: all official ones. `ema` holds each student's running mean, the result.
     """
@@ -84,7 +84,7 @@ class FeatureDistillation(_Taught, BackboneTraining):
         for ending, backbone in students.items():
             student[f"backbone{ending}"] = backbone
             student[f"projector{ending}"] = nn.ModuleList(
-                FeaturePredictor(backbone.embed_dim, width, width, seed=stable_seed("projector", seed, place))
+                FeatureProjector(backbone.embed_dim, width, seed=stable_seed("projector", seed, place))
                 for place in range(len(request.blocks))
             )
         averaged = [f"backbone{ending}" for ending in students]

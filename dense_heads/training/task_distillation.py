@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from dense_heads.errors import UserError
-from dense_heads.heads.features import FeaturePredictor
+from dense_heads.heads.features import FeatureProjector
 from dense_heads.losses.distillation import feature_loss, soft_divergence
 from dense_heads.losses.weights import checked_weights, is_number
 from dense_heads.models.dense import DenseModel, leave_out_of_state_dicts
@@ -105,7 +105,7 @@ class Taught(DenseModule):
         """`lessons`: the terms of the loss."""
         super().__init__(*args, **kwargs)
         self.teacher, self.lessons = teacher, lessons
-        self.projector: FeaturePredictor | None = None
+        self.projector: FeatureProjector | None = None
         if lessons.features > 0:
             if not self.backbone.learns:
                 raise UserError(
@@ -115,7 +115,7 @@ class Taught(DenseModule):
             if self.backbone.backbone.patch_size != teacher.backbone.backbone.patch_size:
                 raise UserError("task.distill.features: student and teacher have patches of different sizes.")
             own, theirs = self.candidates[0].head.in_channels[-1], teacher.head.in_channels[-1]
-            self.projector = FeaturePredictor(own, theirs, theirs, seed=stable_seed("projector", self.seed))
+            self.projector = FeatureProjector(own, theirs, seed=stable_seed("projector", self.seed))
         self._lesson: Lesson | None = None
 
     def imitation(self, candidate: Candidate, output: Tensor, placement: Placement, lesson: Lesson) -> Tensor:
@@ -146,7 +146,7 @@ class Taught(DenseModule):
             self.log_dict({f"train/{name}": value.detach() for name, value in parts.items()})
         return torch.stack(list(parts.values())).sum()
 
-    def _feature_term(self, projector: FeaturePredictor, features: Features, aim: Features) -> Tensor:
+    def _feature_term(self, projector: FeatureProjector, features: Features, aim: Features) -> Tensor:
         """Of patch and cls tokens, as in `task=distillation`."""
         found = projector(features.patch_maps[-1].flatten(2).transpose(1, 2), features.cls_tokens[-1])
         targets = aim.patch_maps[-1].flatten(2).transpose(1, 2), aim.cls_tokens[-1]
