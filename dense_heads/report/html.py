@@ -128,11 +128,13 @@ def _blind_card(summary: Summary, main: ScoreRow) -> str:
 def _teacher_card(taught: dict[str, Any], main: ScoreRow) -> str:
     """The student's share of the teacher's score, and that of the same student without the teacher."""
     teacher, alone = main.taught
-    lines = [f"{escape(taught.get('head'))} on {escape(taught.get('backbone'))}: {format_metric(main.name, teacher)}"]
+    name = f"{escape(taught.get('head'))} on {escape(taught.get('backbone'))}"
+    lines = [f"of the teacher's score, {format_metric(main.name, teacher)} ({name})"]
     if alone is not None:
         share = _share(taught["alone"].get("retention"))
-        lines.append(f"without the teacher {share} of it: {format_metric(main.name, alone)}")
-    return card("Of the teacher's score", _share(taught.get("retention")), "<br>".join(lines), "quiet")
+        lines.append(f"The same student without the teacher: {format_metric(main.name, alone)}, {share} of it.")
+        lines.append(_distance(main.name, main.value, alone).replace(" it.", " that student."))
+    return card("Retention", _share(taught.get("retention")), "<br>".join(filter(None, lines)), "quiet")
 
 
 def _share(value: object) -> str:

@@ -134,6 +134,8 @@ def test_the_report_holds_teacher_student_and_the_student_alone(tiny, taught, te
     assert read(tmp_path / "alone")["metrics"] == pytest.approx(found["alone"]["metrics"])
     page = (taught / "report.html").read_text()
     assert f"{100 * found['retention']:.1f} %" in page and "without the teacher" in page
+    gap, side = 100 * abs(ours - alone), "above" if ours >= alone else "below"
+    assert "Retention" in page and f"This run is {gap:.1f} points {side} that student." in page
     assert any("5 images without labels" in note for note in read(taught)["notes"])
     assert (taught / "alone" / "metrics.csv").is_file() and not (taught / "alone" / "checkpoints").exists()
 
