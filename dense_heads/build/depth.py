@@ -118,7 +118,8 @@ def blind(cfg: DictConfig, loaded: Loaded, stage: str) -> list[dict[str, Any]]:
         return []
     assert isinstance(train, DepthDataset) and isinstance(data, DepthDataset)
     predictions = blind_depths(train, data, **plain(cfg.task.depth_range))
-    measures = [metrics.DepthMetrics(**_evaluation(cfg)) for _ in predictions]
+    # One process measures all images.
+    measures = [metrics.DepthMetrics(**_evaluation(cfg), over_processes=False) for _ in predictions]
     for index in range(num_measured(cfg, stage, len(data))):
         label = read_label(data, index)
         for measure, prediction in zip(measures, predictions, strict=True):

@@ -74,6 +74,7 @@ class DepthMetrics(Metric):
         over: `images`, a mean over images of each one's scores, as published; or `pixels`.
         align: none | scale (medians) | scale_shift (least squares): what relative depth is forgiven, image by image.
         clip_m: predictions beyond are cut to it, in metres (SUN RGB-D: 8); None cuts nothing.
+        over_processes: False sums over this process alone.
 
     Raises:
         UserError: an unknown name, or a range that makes no sense.
@@ -93,8 +94,9 @@ class DepthMetrics(Metric):
         over: str = "images",
         align: str = "none",
         clip_m: float | None = None,
+        over_processes: bool = True,
     ) -> None:
-        super().__init__()
+        super().__init__(sync_on_compute=over_processes)
         _check(min_m, max_m, crop, over, align, clip_m)
         self.min_m, self.max_m, self.crop, self.over, self.align = min_m, max_m, crop, over, align
         self.clip_m = clip_m
