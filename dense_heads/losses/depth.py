@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from dense_heads.errors import UserError
 from dense_heads.losses.weights import checked_weights, is_number
+from dense_heads.ops.across import mean_count, summed, total
 
 _EPS_M = 1e-3  # added to depths before a logarithm
 _MEAN_WEIGHT = 0.15  # of the squared mean in SigLoss
@@ -30,6 +31,7 @@ class DepthLoss(nn.Module):
     images. `l1` and `huber` are means over valid pixels, in metres; `relative` is the mean of |depth - target| / target
     over them, which is what abs_rel measures.
 
+    With several processes the batch is that of all of them; the original took each GPU's two images by themselves.
     Pixels without a measurement reach no loss and no gradient, whatever is predicted there. A batch without any
     measurement gives a loss of 0 with gradients of 0.
     Sources: DINOv2 eval/depth/models/losses/{sigloss,gradientloss}.py.
@@ -103,9 +105,9 @@ class DepthLoss(nn.Module):
 
     def _sig(self, depth: Tensor, target: Tensor, valid: Tensor) -> Tensor:
         log_ratio = _log(depth) - _log(target)
-        number = valid.sum()
-        mean = (log_ratio * valid).sum() / number.clamp(min=1)
-        variance = ((log_ratio - mean).square() * valid).sum() / (number - 1).clamp(min=1)
+        number = total(valid.sum())
+        mean = summed((log_ratio * valid).sum()) / number.clamp(min=1)
+        variance = summed(((log_ratio - mean).square() * valid).sum()) / (number - 1).clamp(min=1)
         if self.training:
             variance = variance * (self.calls >= self.sig_warmup)
             self.calls += 1
@@ -113,13 +115,13 @@ class DepthLoss(nn.Module):
 
     def _gradient(self, depth: Tensor, target: Tensor, valid: Tensor) -> Tensor:
         log_ratio = _log(depth) - _log(target)
-        total = log_ratio.new_zeros(())
+        loss = log_ratio.new_zeros(())
         for stride in _STRIDES:
             g, m = log_ratio[:, ::stride, ::stride], valid[:, ::stride, ::stride]
             down = (g[:, 2:] - g[:, :-2]).abs() * (m[:, 2:] & m[:, :-2])
             right = (g[:, :, 2:] - g[:, :, :-2]).abs() * (m[:, :, 2:] & m[:, :, :-2])
-            total = total + (down.sum() + right.sum()) / m.sum().clamp(min=1)
-        return total
+            loss = loss + (down.sum() + right.sum()) / mean_count(m)
+        return loss
 
     def _ssi(self, depth: Tensor, target: Tensor, valid: Tensor) -> Tensor:
         losses = []
@@ -128,17 +130,18 @@ class DepthLoss(nn.Module):
                 residual = (_normalised(own_depth[own_valid]) - _normalised(own_target[own_valid])).abs()
                 kept = residual.sort().values[: math.floor(len(residual) * (1 - _TRIMMED))]
                 losses.append(kept.sum() / (2 * len(residual)))
-        return torch.stack(losses).mean() if losses else depth.new_zeros(())
+        total_loss = torch.stack(losses).sum() if losses else depth.new_zeros(())
+        return total_loss / mean_count(valid.flatten(1).any(dim=1))
 
     def _l1(self, depth: Tensor, target: Tensor, valid: Tensor) -> Tensor:
-        return ((depth - target).abs() * valid).sum() / valid.sum().clamp(min=1)
+        return ((depth - target).abs() * valid).sum() / mean_count(valid)
 
     def _relative(self, depth: Tensor, target: Tensor, valid: Tensor) -> Tensor:
-        return ((depth - target).abs() / target * valid).sum() / valid.sum().clamp(min=1)
+        return ((depth - target).abs() / target * valid).sum() / mean_count(valid)
 
     def _huber(self, depth: Tensor, target: Tensor, valid: Tensor) -> Tensor:
         each = F.huber_loss(depth, target, reduction="none", delta=self.huber_delta)
-        return (each * valid).sum() / valid.sum().clamp(min=1)
+        return (each * valid).sum() / mean_count(valid)
 
 
 def _log(metres: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from dense_heads.errors import UserError
 from dense_heads.losses.cross_entropy import Terms, map_cross_entropy
+from dense_heads.ops.across import mean_count
 from dense_heads.ops.pad import Placement
 from dense_heads.structures import IGNORE_INDEX
 
@@ -128,7 +129,7 @@ class SegmentationLoss(nn.Module):
     def _divided(self, total: Tensor, target: Tensor) -> Tensor:
         if not self.avg_non_ignore:
             return total / target.numel()
-        return total / (target != self.ignore_index).sum().clamp(min=1)
+        return total / mean_count(target != self.ignore_index)
 
     def _checked_class_weights(self, num_classes: int) -> Tensor | None:
         weights = self.class_weights

@@ -3,7 +3,7 @@
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.nn.functional import all_gather
+from torch.distributed.nn.functional import all_gather, all_reduce
 
 
 def world_size() -> int:
@@ -18,6 +18,22 @@ def total(value: Tensor) -> Tensor:
     if world_size() > 1:
         dist.all_reduce(value)
     return value
+
+
+def summed(value: Tensor) -> Tensor:
+    """The sum over the processes; gradients flow back to each."""
+    if world_size() == 1:
+        return value
+    out: Tensor = all_reduce(value)  # type: ignore[no-untyped-call]
+    return out
+
+
+def mean_count(mask: Tensor) -> Tensor:
+    """How many entries of a mask are true on a process's average, at least one in all.
+
+    A process's own sum divided by it becomes the mean over the entries of all processes where DDP averages.
+    """
+    return total(mask.sum()).clamp(min=1) / world_size()
 
 
 @torch.no_grad()

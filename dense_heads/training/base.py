@@ -23,6 +23,7 @@ from dense_heads.heads.base import Head
 from dense_heads.heads.training_free import TrainingFreeHead
 from dense_heads.models.dense import FrozenBackbone
 from dense_heads.models.trained import TrainedBackbone
+from dense_heads.ops.across import total
 from dense_heads.ops.seeding import forked_rng, stable_seed
 from dense_heads.structures import Batch, Features, Levels
 from dense_heads.training.optim import Momentum, Schedule
@@ -157,24 +158,21 @@ class DenseModule(pl.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Sum of the candidates' losses; one that is not finite retires its candidate."""
         losses = torch.stack(self.losses(batch))
-        finite = torch.isfinite(losses.detach())
-        if self.trainer.world_size > 1:  # all processes must agree on who goes on
-            everywhere = finite.int()
-            torch.distributed.all_reduce(everywhere, op=torch.distributed.ReduceOp.MIN)
-            finite = everywhere.bool()
+        means = total(losses.detach()) / self.trainer.world_size
+        finite = torch.isfinite(means)  # all processes must agree on who goes on
         if not bool(finite.all()):
             for candidate, is_finite in zip(self.candidates, finite.tolist(), strict=True):
                 if not is_finite:
                     self._retire(candidate, "loss")
         alive = torch.tensor([candidate.name not in self.retired for candidate in self.candidates], device=self.device)
         # `where` keeps a retired candidate in the graph with a zero gradient: DDP waits for every parameter.
-        total = torch.where(alive, losses, losses.detach().new_zeros(())).sum()
+        summed = torch.where(alive, losses, losses.detach().new_zeros(())).sum()
         names = [""] if len(self.candidates) == 1 else [f"/{candidate.name}" for candidate in self.candidates]
-        for name, value, candidate in zip(names, losses.detach(), self.candidates, strict=True):
+        for name, value, candidate in zip(names, means, self.candidates, strict=True):
             if candidate.name not in self.retired:
                 self.log(f"train/loss{name}", value, prog_bar=not name)
         self.log("lr", self.optimizers().param_groups[0]["lr"], prog_bar=False)  # type: ignore[union-attr]
-        return total
+        return summed
 
     def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *_: Any, **__: Any) -> None:
         """Clip each candidate by its own norm, so that one cannot slow down another; retire one that is not finite."""

@@ -24,7 +24,7 @@ from dense_heads.losses.self_supervised import (
     teacher_entropy,
 )
 from dense_heads.metrics.neighbours import NeighbourProbe
-from dense_heads.ops.across import total
+from dense_heads.ops.across import mean_count, total
 from dense_heads.ops.descriptors import IMAGE_DIM, PATCH_DIM, describe, moments, standardised
 from dense_heads.structures import Batch
 from dense_heads.training.backbone import BackboneTraining, Collapse, Recipe
@@ -260,9 +260,7 @@ class PretrainingModule(BackboneTraining):
         from_patches, from_cls = predictor(output["patch_tokens"], output["cls_token"])
         errors = F.smooth_l1_loss(from_patches.float(), patches, reduction="none").mean(-1)
         # Means over the patches of all processes, so that these need not hide equally many.
-        hidden = total(masks.sum().float()).clamp(min=1) / self.trainer.world_size
-        seen = total((~masks).sum().float()).clamp(min=1) / self.trainer.world_size
-        weights = torch.where(masks, 1.0 / hidden, self.objective.visible / seen)
+        weights = torch.where(masks, 1.0 / mean_count(masks), self.objective.visible / mean_count(~masks))
         predicted = (errors * weights).sum() + F.smooth_l1_loss(from_cls.float(), whole)
         parts = {"features": self.objective.features * predicted}
         if self.objective.relations > 0:

@@ -14,6 +14,7 @@ from dense_heads.heads.features import FeatureProjector
 from dense_heads.losses.distillation import feature_loss, soft_divergence
 from dense_heads.losses.weights import checked_weights, is_number
 from dense_heads.models.dense import DenseModel, leave_out_of_state_dicts
+from dense_heads.ops.across import mean_count
 from dense_heads.ops.pad import Placement
 from dense_heads.ops.seeding import stable_seed
 from dense_heads.structures import Batch, Features
@@ -143,7 +144,7 @@ class Taught(DenseModule):
         if self.projector is not None:
             parts["features"] = weights.features * self._feature_term(self.projector, features, lesson.features)
         if len(self.candidates) == 1:
-            self.log_dict({f"train/{name}": value.detach() for name, value in parts.items()})
+            self.log_dict({f"train/{name}": value.detach() for name, value in parts.items()}, sync_dist=True)
         return torch.stack(list(parts.values())).sum()
 
     def _feature_term(self, projector: FeatureProjector, features: Features, aim: Features) -> Tensor:
@@ -180,13 +181,13 @@ class TaughtSegmentation(Taught, SegmentationModule):
 
     def imitation(self, candidate: Candidate, output: Tensor, placement: Placement, lesson: Lesson) -> Tensor:
         """Mean divergence over pixels; image by image, so that one image's full-size logits are there at a time."""
-        total = output.new_zeros(())
+        summed = output.new_zeros(())
         for index, pixels in enumerate(lesson.pixels):
             maps = output[index : index + 1], lesson.map[index : index + 1]
-            total = total + checkpoint(
+            summed = summed + checkpoint(
                 self._divergence, *maps, placement, lesson.placement, pixels[None], use_reentrant=False
             )
-        return total / lesson.pixels.sum().clamp(min=1)
+        return summed / mean_count(lesson.pixels)
 
     def _divergence(self, map: Tensor, aim: Tensor, placement: Placement, theirs: Placement, pixels: Tensor) -> Tensor:
         logits = placement.enlarge(map.float())
