@@ -34,7 +34,7 @@ class PatchKNNHead(TrainingFreeHead):
 
     Outputs are log-probabilities and, of all classes but the first, an offset each. Where a class is rare most
     neighbours of its patches show another one, the more so the larger the bank, and a majority would never find it:
-    the offsets are chosen so that the Dice of the support is largest, each support image (slice: volume) predicted by
+    the offsets are chosen so that the mean Dice of the support images (slices: volumes) is largest, each predicted by
     the patches of the others (one alone by its other patches), as for prototypes.
 
     Args:
@@ -135,6 +135,7 @@ class PatchKNNHead(TrainingFreeHead):
 
     def _chosen_offsets(self, groups: Tensor) -> Tensor:
         """`groups` (N,): patches of the bank that must not vote for each other."""
+        images = groups
         if bool((groups == groups[0]).all()):
             groups = torch.arange(len(groups), device=groups.device)
         asked = _drawn(len(self.bank), _CALIBRATED_ON).to(groups.device)
@@ -144,7 +145,7 @@ class PatchKNNHead(TrainingFreeHead):
             similarity[groups[part][:, None] == groups] = -torch.inf
             nearest = similarity.topk(min(self.k, len(self.bank) - 1), dim=1)
             logs.append(self._voted(nearest.values, nearest.indices))
-        return best_offsets(torch.cat(logs).T, self.votes[asked].T.float())
+        return best_offsets(torch.cat(logs).T, self.votes[asked].T.float(), images[asked])
 
     def _nearest(self, queries: Tensor) -> tuple[Tensor, Tensor]:
         k = min(self.k, len(self.bank))

@@ -117,27 +117,33 @@ def test_a_large_bank_is_thinned_out_alike_every_time():
     assert len(first.bank) == 50 and torch.equal(first.bank, second.bank)
 
 
-def test_offsets_maximise_the_dice_of_the_support():
+def test_offsets_maximise_the_mean_dice_of_the_support_images():
+    """A large image whose scores run the wrong way has one voice, like each of the small ones."""
     generator = torch.Generator().manual_seed(0)
-    truth = torch.randint(0, 2, (400,), generator=generator)
-    scores = torch.stack([torch.zeros(400), 3.0 + truth + 0.8 * torch.randn(400, generator=generator)])
-    offset = best_offsets(scores, F.one_hot(truth, 2).T.float())
+    image = torch.arange(4).repeat_interleave(torch.tensor([400, 60, 60, 60]))
+    truth = torch.randint(0, 2, (580,), generator=generator)
+    towards = torch.where(image == 0, 1 - truth, truth)
+    scores = torch.stack([torch.zeros(580), 3.0 + towards + 0.3 * torch.randn(580, generator=generator)])
+    offset = best_offsets(scores, F.one_hot(truth, 2).T.float(), image)
 
     def dice(shift):
         found = scores[1] + shift > scores[0]
-        return (2 * (found & (truth == 1)).sum() / (found.sum() + truth.sum())).item()
+        own = [(found[image == i], truth[image == i] == 1) for i in range(4)]
+        return sum(2 * (taken & right).sum() / (taken.sum() + right.sum()) for taken, right in own).item() / 4
 
     assert offset[0] == 0
     ordered = scores[1].sort().values
     between = (ordered[1:] + ordered[:-1]) / 2  # one threshold in each gap: all that differ
     assert dice(offset[1]) == pytest.approx(max(dice(-threshold) for threshold in between), abs=1e-6)
+    pooled = best_offsets(scores, F.one_hot(truth, 2).T.float(), torch.zeros(580))
+    assert dice(offset[1]) > dice(pooled[1]) + 0.05
 
 
 def test_offsets_part_only_what_differs():
     """Votes are alike for many patches: a threshold takes all of them or none."""
     scores = torch.stack([torch.zeros(6), torch.tensor([3.0, 1.0, 1.0, 1.0, -1.0, -1.0])])
     truth = torch.tensor([1, 1, 0, 1, 0, 0])
-    found = scores[1] + best_offsets(scores, F.one_hot(truth, 2).T.float())[1] > scores[0]
+    found = scores[1] + best_offsets(scores, F.one_hot(truth, 2).T.float(), torch.zeros(6))[1] > scores[0]
     assert found.tolist() == [True, True, True, True, False, False]
 
 
