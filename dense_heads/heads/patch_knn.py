@@ -34,8 +34,8 @@ class PatchKNNHead(TrainingFreeHead):
 
     Outputs are log-probabilities and, of all classes but the first, an offset each. Where a class is rare most
     neighbours of its patches show another one, the more so the larger the bank, and a majority would never find it:
-    the offsets are chosen so that the mean Dice of the support images (slices: volumes) is largest, each predicted by
-    the patches of the others (one alone by its other patches), as for prototypes.
+    the offsets are chosen so that the Dice of the support is largest, each support image (slice: volume) predicted by
+    the patches of the others (one alone by its other patches), all weighing alike, as for prototypes.
 
     Args:
         in_channels: width of each chosen block's map.

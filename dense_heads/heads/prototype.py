@@ -48,9 +48,9 @@ class PrototypeHead(TrainingFreeHead):
     score for a class is its cosine to the class's prototypes, weighted by their softmax. The mean patch of the support
     is taken out first, without which all patches of a backbone look alike.
 
-    Scores of all classes but the first get an offset each, in place of a threshold: chosen so that the mean Dice
-    of the support images (slices: volumes) is largest, each predicted by the prototypes of the others, one alone by
-    its own.
+    Scores of all classes but the first get an offset each, in place of a threshold: chosen so that the Dice of the
+    support is largest, each support image (slice: volume) predicted by the prototypes of the others, one alone by its
+    own; all weigh alike.
 
     Args:
         in_channels: width of each chosen block's map.

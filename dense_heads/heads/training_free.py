@@ -112,8 +112,8 @@ def best_offsets(scores: Tensor, shares: Tensor, groups: Tensor, rounds: int = 2
     """An offset for each class but the first, so that the winner by score + offset has the largest Dice.
 
     Class by class, the others held: of all thresholds that separate patches, the one with the largest Dice of that
-    class against the rest, a mean over the images that show it; a patch counts with the share of it that is labelled
-    so. A mean, because one large image unlike the others would else decide for all.
+    class against the rest, where a patch counts with the share of it that is labelled so. All images weigh alike: one
+    large image unlike the others would else decide for all.
 
     Args:
         scores: (K, N).
@@ -125,17 +125,16 @@ def best_offsets(scores: Tensor, shares: Tensor, groups: Tensor, rounds: int = 2
         (K,), the first 0, and 0 for a class that no patch shows.
     """
     offsets = scores.new_zeros(len(scores))
+    _, image, counts = torch.unique(groups, return_inverse=True, return_counts=True)
+    shares = shares / counts[image]
     labelled = shares.sum(dim=0)
-    images = [groups == group for group in sorted(set(groups.tolist()))]
     for _ in range(rounds if len(scores) > 2 else 1):
         for number in (shares[1:].sum(dim=1) > 0).nonzero()[:, 0].add(1).tolist():
             others = (scores + offsets[:, None]).clone()
             others[number] = -torch.inf
             margin, order = (scores[number] - others.amax(dim=0)).sort(descending=True)
-            dice = torch.zeros_like(margin)
-            for image in images:
-                own, taken = (shares[number] * image)[order], (labelled * image)[order]
-                dice += 2 * own.cumsum(0) / (taken.cumsum(0) + own.sum()).clamp(min=1e-6)
+            right = shares[number][order].cumsum(0)
+            dice = 2 * right / (labelled[order].cumsum(0) + shares[number].sum()).clamp(min=1e-6)
             dice[:-1][margin[:-1] == margin[1:]] = -1  # no threshold parts what is alike
             best = int(dice.argmax())
             after = margin[min(best + 1, len(margin) - 1)]
