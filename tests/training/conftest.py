@@ -13,6 +13,15 @@ def pairs(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def unlabelled(tmp_path_factory):
+    """A folder of 5 images."""
+    folder = tmp_path_factory.mktemp("unlabelled")
+    for seed in range(5):
+        save(folder / f"{seed}.png", fake_pair(500 + seed)[0])
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny(pairs):
     """The overrides of a run that takes seconds."""
     return [

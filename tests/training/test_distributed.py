@@ -14,7 +14,7 @@ from torch.multiprocessing.spawn import spawn
 from dense_heads.__main__ import main
 from dense_heads.losses.depth import DepthLoss
 from dense_heads.ops.batch_norm import BatchNorm2d
-from tests.factories import fake_pair, make_depth_folders, save
+from tests.factories import make_depth_folders
 
 TWO = ["trainer.devices=2", "trainer.strategy=ddp"]
 SHORT = ["trainer.max_steps=3", "trainer.val_check_interval=3"]
@@ -60,14 +60,6 @@ def assert_same_training(one, two, *names):
 def runs(tiny, tmp_path_factory):
     """3 validation images, so that the shares are unequal."""
     return one_and_two(tiny, tmp_path_factory.mktemp("runs"))
-
-
-@pytest.fixture(scope="module")
-def unlabelled(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("unlabelled")
-    for seed in range(5):
-        save(folder / f"{seed}.png", fake_pair(500 + seed)[0])
-    return folder
 
 
 def test_two_processes_train_what_one_does(runs):

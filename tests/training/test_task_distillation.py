@@ -34,14 +34,6 @@ def teacher(tiny, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def unlabelled(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("unlabelled")
-    for seed in range(5):
-        save(folder / f"{seed}.png", fake_pair(500 + seed)[0])
-    return folder
-
-
-@pytest.fixture(scope="module")
 def student(tiny, teacher, unlabelled):
     kept = [override for override in tiny if not override.startswith("backbone")]
     return [*kept, *STUDENT, *LEARNS, f"distill={teacher}", f"data.unlabeled={unlabelled}", "task.distill.features=0.5"]
