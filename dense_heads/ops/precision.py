@@ -1,5 +1,7 @@
 """In which type a frozen backbone computes."""
 
+from typing import Any
+
 import torch
 
 from dense_heads.errors import unknown_name
@@ -31,5 +33,13 @@ def is_native() -> bool:
 
 def cpu_multiplies_bfloat16() -> bool:
     """Whether the processor has units for it; without them PyTorch's products are hundreds of times slower."""
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return bool(_capabilities().get("avx512_bf16") or _capabilities().get("amx_bf16"))
+
+
+def cpu_has_avx512() -> bool:
+    """Whether the processor computes with vectors of 512 bits."""
+    return bool(_capabilities().get("avx512_f"))
+
+
+def _capabilities() -> dict[str, Any]:
+    return dict(torch.cpu.get_capabilities()) if hasattr(torch.cpu, "get_capabilities") else {}

@@ -373,9 +373,11 @@ def test_attention_in_bfloat16_is_that_of_float64(tokens):
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("gelu", [False, True])
-def test_linear_layers_lay_their_weights_out_anew_when_they_change(dtype, tolerance, gelu):
+@pytest.mark.parametrize("avx512", [False, True])
+def test_linear_layers_follow_their_weights_laid_out_or_not(dtype, tolerance, gelu, avx512, monkeypatch):
     from dense_heads.backbones.layers import Linear
 
+    monkeypatch.setattr("dense_heads.backbones.layers.cpu_has_avx512", lambda: avx512)
     linear = Linear(24, 40).to(dtype).requires_grad_(False)
     x = torch.randn(2, 5, 24).to(dtype)
     for _ in range(2):
@@ -390,19 +392,21 @@ def test_linear_layers_lay_their_weights_out_anew_when_they_change(dtype, tolera
     assert linear.weight.grad is not None
 
 
+@pytest.mark.parametrize("avx512", [False, True])
 @pytest.mark.parametrize("with_gradients", [False, True])
-def test_bfloat16_without_units_for_it_is_computed_in_float32(images, with_gradients, monkeypatch):
+def test_bfloat16_without_units_for_it_is_computed_in_float32(images, with_gradients, avx512, monkeypatch):
     vit = tiny().requires_grad_(with_gradients)
     rounded = copy.deepcopy(vit).bfloat16().float()
     expected = rounded(images)["prenorm"]
     monkeypatch.setattr("dense_heads.backbones.layers.cpu_multiplies_bfloat16", lambda: False)
+    monkeypatch.setattr("dense_heads.backbones.layers.cpu_has_avx512", lambda: avx512)
     products = torch.nn.functional.linear
     operands = []
     monkeypatch.setattr(torch.nn.functional, "linear", lambda x, *rest: operands.append(x.dtype) or products(x, *rest))
     found = vit.bfloat16()(images)["prenorm"]
     assert found.dtype == torch.bfloat16
     assert (found.float() - expected).norm() / expected.norm() < 1e-2
-    assert torch.bfloat16 not in operands and (len(operands) > 0) == with_gradients
+    assert torch.bfloat16 not in operands and (len(operands) > 0) == (with_gradients or not avx512)
     if with_gradients:
         found.float().square().mean().backward()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in vit.blocks[0].attn.parameters())
