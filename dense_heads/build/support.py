@@ -1,5 +1,6 @@
 """Which labelled images a training-free head looks at."""
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,8 +42,9 @@ def refuse_unused_support(cfg: DictConfig) -> None:
 def chosen_support(cfg: DictConfig, dataset: Any, heads: Sequence[Head]) -> list[int]:
     """Indices of the support in the data set of training images.
 
-    `support=N` draws N by the run's seed; where it is known what images show, such that they show all classes together
-    as far as possible. A list names images (or whole cases); nothing takes what the heads ask for by themselves.
+    `support=N` draws N by the run's seed; where it is known what images show, such that they show each class twice as
+    far as possible: once to learn from, once to tell how well that does. A list names images (or whole cases); nothing
+    takes what the heads ask for by themselves.
 
     Raises:
         UserError: another form, more than there are, or a name that is not there.
@@ -61,19 +63,22 @@ def chosen_support(cfg: DictConfig, dataset: Any, heads: Sequence[Head]) -> list
         shown = dataset.shown()
         able = [index for index in range(len(samples)) if shown is None or shown[index]]
         order = rng.permutation(able).tolist()
-        return sorted(order[:wanted] if shown is None else _showing_all(order, shown, wanted))
+        return sorted(order[:wanted] if shown is None else _showing_each_twice(order, shown, wanted))
     if not isinstance(wanted, list) or not wanted:
         raise UserError(f"support={wanted!r}; expected a number of images, or a list of their names: support=[ID,ID].")
     return [index for name in wanted for index in _named(str(name), samples)]
 
 
-def _showing_all(order: Sequence[int], shown: Sequence[set[int]], num: int) -> list[int]:
-    """So many images: first those that show most of what is missing, then the rest as they come."""
-    missing, chosen = set().union(*(shown[index] for index in order)), list[int]()
-    while missing and len(chosen) < num:
-        chosen.append(max(order, key=lambda index: len(shown[index] & missing)))  # of equals the first
-        missing -= shown[chosen[-1]]
-    rest = [index for index in order if index not in chosen]
+def _showing_each_twice(order: Sequence[int], shown: Sequence[set[int]], num: int) -> list[int]:
+    """So many images: first those that show most of what is missing, then of what is shown once, then as they come."""
+    rest, chosen, times = list(order), list[int](), Counter[int]()
+    for enough in (1, 2):
+        while rest and len(chosen) < num:
+            gains = [sum(times[number] < enough for number in shown[index]) for index in rest]
+            if not any(gains):
+                break
+            chosen.append(rest.pop(gains.index(max(gains))))  # of equals the first
+            times.update(shown[chosen[-1]])
     return [*chosen, *rest[: num - len(chosen)]]
 
 

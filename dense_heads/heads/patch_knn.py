@@ -34,8 +34,8 @@ class PatchKNNHead(TrainingFreeHead):
 
     Outputs are log-probabilities and, of all classes but the first, an offset each. Where a class is rare most
     neighbours of its patches show another one, the more so the larger the bank, and a majority would never find it:
-    the offsets are chosen so that the Dice of the support is largest, each support image (slice: volume) predicted by
-    the patches of the others (one alone by its other patches), all weighing alike, as for prototypes.
+    the offsets are chosen on the support (`best_offsets`), each of its images (slice: volume) predicted by the patches
+    of the others, and by its own other patches of a class that no other shows.
 
     Args:
         in_channels: width of each chosen block's map.
@@ -135,17 +135,17 @@ class PatchKNNHead(TrainingFreeHead):
 
     def _chosen_offsets(self, groups: Tensor) -> Tensor:
         """`groups` (N,): patches of the bank that must not vote for each other."""
-        images = groups
-        if bool((groups == groups[0]).all()):
-            groups = torch.arange(len(groups), device=groups.device)
         asked = _drawn(len(self.bank), _CALIBRATED_ON).to(groups.device)
+        alone = _shown_by_one(self.votes > 0, groups)
+        itself = torch.arange(len(groups), device=groups.device)
         logs = []
         for part in torch.split(asked, self._chunk()):
             similarity = self.bank[part] @ self.bank.T
-            similarity[groups[part][:, None] == groups] = -torch.inf
+            silent = (groups[part][:, None] == groups) & ~alone
+            similarity[silent | (part[:, None] == itself)] = -torch.inf
             nearest = similarity.topk(min(self.k, len(self.bank) - 1), dim=1)
             logs.append(self._voted(nearest.values, nearest.indices))
-        return best_offsets(torch.cat(logs).T, self.votes[asked].T.float(), images[asked])
+        return best_offsets(torch.cat(logs).T, self.votes[asked].T.float(), groups[asked])
 
     def _nearest(self, queries: Tensor) -> tuple[Tensor, Tensor]:
         k = min(self.k, len(self.bank))
@@ -157,6 +157,14 @@ class PatchKNNHead(TrainingFreeHead):
             self._searcher.add(self.bank.float().cpu().numpy())
         similarity, neighbours = self._searcher.search(queries.float().cpu().numpy(), k)
         return torch.from_numpy(similarity).to(queries.device), torch.from_numpy(neighbours).to(queries.device)
+
+
+def _shown_by_one(shown: Tensor, groups: Tensor) -> Tensor:
+    """(N,): whether a patch shows a class that no other group shows; `shown` (N, K), `groups` (N,)."""
+    _, group = torch.unique(groups, return_inverse=True)
+    of_group = torch.zeros(int(group.max()) + 1, shown.shape[1], device=shown.device)
+    once = (of_group.index_add(0, group, shown.float()) > 0).sum(dim=0) == 1
+    return (shown & once).any(dim=1)
 
 
 def _drawn(num: int, at_most: int) -> Tensor:

@@ -48,9 +48,9 @@ class PrototypeHead(TrainingFreeHead):
     score for a class is its cosine to the class's prototypes, weighted by their softmax. The mean patch of the support
     is taken out first, without which all patches of a backbone look alike.
 
-    Scores of all classes but the first get an offset each, in place of a threshold: chosen so that the Dice of the
-    support is largest, each support image (slice: volume) predicted by the prototypes of the others, one alone by its
-    own; all weigh alike.
+    Scores of all classes but the first get an offset each, in place of a threshold, chosen on the support
+    (`best_offsets`): each of its images (slice: volume) predicted by the prototypes of the others, and by its own for
+    a class that no other shows.
 
     Args:
         in_channels: width of each chosen block's map.
@@ -148,6 +148,8 @@ class PrototypeHead(TrainingFreeHead):
 
     def _together(self, parts: Sequence[_Parts]) -> tuple[Tensor, Tensor]:
         """Prototypes (P, D) and their classes (P,)."""
+        if not parts:
+            return self.mean.new_zeros(0, len(self.mean)), self.classes.new_zeros(0)
         sums = torch.stack([part.sums for part in parts]).sum(dim=0)
         there = (sums.abs().sum(dim=1) > 0).nonzero()[:, 0]
         made = torch.cat([*(part.local for part in parts), sums[there]])
@@ -177,8 +179,12 @@ class PrototypeHead(TrainingFreeHead):
         scores, shares = [], []
         groups = left_out_together([seen.source for seen in self._seen])
         for own, seen in zip(groups, self._seen, strict=True):
-            others = [part for group, part in zip(groups, parts, strict=True) if group != own] or parts
-            scores.append(self._scores(seen.features, *self._together(others)).flatten(1))
+            of_others = self._together([part for group, part in zip(groups, parts, strict=True) if group != own])
+            of_its_own = self._together([part for group, part in zip(groups, parts, strict=True) if group == own])
+            lacking = ~torch.isin(of_its_own[1], of_others[1])
+            prototypes = torch.cat([of_others[0], of_its_own[0][lacking]])
+            classes = torch.cat([of_others[1], of_its_own[1][lacking]])
+            scores.append(self._scores(seen.features, prototypes, classes).flatten(1))
             shares.append((seen.shares * seen.labelled).flatten(1))
         of_patches = torch.tensor(groups).repeat_interleave(torch.tensor([own.shape[1] for own in shares]))
         return best_offsets(torch.cat(scores, dim=1), torch.cat(shares, dim=1), of_patches.to(self.mean.device))

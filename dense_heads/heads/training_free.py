@@ -11,6 +11,8 @@ from dense_heads.errors import UserError
 from dense_heads.heads.base import Head
 from dense_heads.structures import IGNORE_INDEX, Batch, Features
 
+_AT_MOST = 2.0  # times what a class has of the support: once makes one image unlike the others cost all the rest
+
 
 class Source(NamedTuple):
     """Where labelled patches come from: an image, and the case that it belongs to (of a slice its volume)."""
@@ -111,9 +113,11 @@ def left_out_together(sources: Sequence[Source]) -> list[int]:
 def best_offsets(scores: Tensor, shares: Tensor, groups: Tensor, rounds: int = 2) -> Tensor:
     """An offset for each class but the first, so that the winner by score + offset has the largest Dice.
 
-    Class by class, the others held: of all thresholds that separate patches, the one with the largest Dice of that
-    class against the rest, where a patch counts with the share of it that is labelled so. All images weigh alike: one
-    large image unlike the others would else decide for all.
+    Class by class, the others held: of all thresholds that take at most twice the patches that the class has (or come
+    as near to that, where many are alike), the one with the largest Dice of that class against the rest, where a patch
+    counts with the share of it that is labelled so. Where a class is hardly told from the rest, Dice alone is largest
+    with nearly everything taken, and images to come, which hold less of it than those that were chosen for what they
+    show, would be covered with it. All images weigh alike: one large image unlike the others would else decide for all.
 
     Args:
         scores: (K, N).
@@ -133,10 +137,12 @@ def best_offsets(scores: Tensor, shares: Tensor, groups: Tensor, rounds: int = 2
             others = (scores + offsets[:, None]).clone()
             others[number] = -torch.inf
             margin, order = (scores[number] - others.amax(dim=0)).sort(descending=True)
-            right = shares[number][order].cumsum(0)
-            dice = 2 * right / (labelled[order].cumsum(0) + shares[number].sum()).clamp(min=1e-6)
-            dice[:-1][margin[:-1] == margin[1:]] = -1  # no threshold parts what is alike
-            best = int(dice.argmax())
+            last = F.pad(margin[:-1] != margin[1:], (0, 1), value=True).nonzero()[:, 0]  # of those that are alike
+            right, taken = shares[number][order].cumsum(0)[last], labelled[order].cumsum(0)[last]
+            there, before = shares[number].sum(), F.pad(taken[:-1], (1, 0))
+            dice = 2 * right / (taken + there).clamp(min=1e-6)
+            dice[1:][before[1:] + taken[1:] > 2 * _AT_MOST * there] = -1
+            best = int(last[dice.argmax()])
             after = margin[min(best + 1, len(margin) - 1)]
             offsets[number] = -(margin[best] + after) / 2  # between the last one that is taken and the next
     return offsets

@@ -118,19 +118,22 @@ def test_a_large_bank_is_thinned_out_alike_every_time():
 
 
 def test_offsets_maximise_the_dice_of_the_support_with_all_images_alike():
-    """A large image whose scores run the wrong way has one voice, like each of the small ones."""
+    """A large image whose scores are higher throughout has one voice, like each of the small ones."""
     generator = torch.Generator().manual_seed(0)
     image = torch.arange(4).repeat_interleave(torch.tensor([400, 60, 60, 60]))
     truth = torch.randint(0, 2, (580,), generator=generator)
-    towards = torch.where(image == 0, 1 - truth, truth)
-    scores = torch.stack([torch.zeros(580), 3.0 + towards + 0.3 * torch.randn(580, generator=generator)])
+    noise = 0.3 * torch.randn(580, generator=generator)
+    scores = torch.stack([torch.zeros(580), 3.0 + truth + 2.0 * (image == 0) + noise])
     offset = best_offsets(scores, F.one_hot(truth, 2).T.float(), image)
 
+    weights = torch.tensor([1 / 400, 1 / 60, 1 / 60, 1 / 60])[image]
+
+    def taken(shift):
+        return (scores[1] + shift > scores[0]).float() @ weights
+
     def dice(shift):
-        found = scores[1] + shift > scores[0]
-        weights = torch.tensor([1 / 400, 1 / 60, 1 / 60, 1 / 60])[image]
-        both = (found & (truth == 1)).float() @ weights
-        return (2 * both / (found.float() @ weights + truth.float() @ weights)).item()
+        both = ((scores[1] + shift > scores[0]) & (truth == 1)).float() @ weights
+        return (2 * both / (taken(shift) + truth.float() @ weights)).item()
 
     assert offset[0] == 0
     ordered = scores[1].sort().values
@@ -138,6 +141,17 @@ def test_offsets_maximise_the_dice_of_the_support_with_all_images_alike():
     assert dice(offset[1]) == pytest.approx(max(dice(-threshold) for threshold in between), abs=1e-6)
     pooled = best_offsets(scores, F.one_hot(truth, 2).T.float(), torch.zeros(580))
     assert dice(offset[1]) > dice(pooled[1]) + 0.05
+
+
+def test_a_class_that_is_not_told_from_the_rest_does_not_cover_the_images():
+    """By Dice alone all would be taken."""
+    generator = torch.Generator().manual_seed(0)
+    truth = (torch.rand(4000, generator=generator) < 0.1).long()
+    scores = torch.stack([torch.zeros(4000), torch.randn(4000, generator=generator)])
+    offset = best_offsets(scores, F.one_hot(truth, 2).T.float(), torch.arange(4000) // 1000)
+    order, limit = scores[1].argsort(descending=True), 2 * int(truth.sum())  # at most twice as many as there are
+    best = max(range(1, limit + 1), key=lambda num: truth[order[:num]].sum() / (num + truth.sum()))
+    assert (scores[1] + offset[1] > 0).sum() == best
 
 
 def test_offsets_part_only_what_differs():
@@ -181,6 +195,21 @@ def test_a_bank_of_one_image_is_calibrated_by_its_other_patches():
     head.observe(features, batch)
     head.conclude()
     assert (head(features).argmax(dim=1) == patches).float().mean() > 0.95 and torch.isfinite(head.offsets).all()
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_a_class_of_one_image_is_calibrated_by_that_image(name):
+    """Without it nothing would show the class where the others predict it, and the offset would make it of all."""
+    head = HEADS[name]()
+    for seed in range(4):
+        features, batch, _ = scene(seed)
+        if seed:
+            batch["mask"][batch["mask"] == 2] = 0
+        head.observe(features, batch)
+    head.conclude()
+    features, _, patches = scene(50)
+    found = head(features).argmax(dim=1)
+    assert (found == 2).sum() <= 3 * (patches == 2).sum() and head.offsets.abs().max() < 15
 
 
 def test_what_belongs_together_is_left_out_together():
