@@ -11,8 +11,6 @@ from dense_heads.errors import UserError
 from dense_heads.heads.base import Head
 from dense_heads.structures import IGNORE_INDEX, Batch, Features
 
-_AT_MOST = 2.0  # times what a class has of the support: once makes one image unlike the others cost all the rest
-
 
 class Source(NamedTuple):
     """Where labelled patches come from: an image, and the case that it belongs to (of a slice its volume)."""
@@ -113,11 +111,12 @@ def left_out_together(sources: Sequence[Source]) -> list[int]:
 def best_offsets(scores: Tensor, shares: Tensor, groups: Tensor, rounds: int = 2) -> Tensor:
     """An offset for each class but the first, so that the winner by score + offset has the largest Dice.
 
-    Class by class, the others held: of all thresholds that take at most twice the patches that the class has (or come
-    as near to that, where many are alike), the one with the largest Dice of that class against the rest, where a patch
-    counts with the share of it that is labelled so. Where a class is hardly told from the rest, Dice alone is largest
-    with nearly everything taken, and images to come, which hold less of it than those that were chosen for what they
-    show, would be covered with it. All images weigh alike: one large image unlike the others would else decide for all.
+    Class by class, the others held: the threshold with the largest Dice of that class against the rest, where a patch
+    counts with the share of it that is labelled so. All images weigh alike: one large image unlike the others would
+    else decide for all. And of several images all but one together may not get more of a class than they have: where it
+    is hardly told from the rest, Dice is largest with nearly everything taken, and images to come, which hold less of
+    it than those that were chosen for what they show, would be covered with it. One is left out, the one that gets most
+    too much, for an image unlike the others would else use up what is granted to all.
 
     Args:
         scores: (K, N).
@@ -139,10 +138,37 @@ def best_offsets(scores: Tensor, shares: Tensor, groups: Tensor, rounds: int = 2
             margin, order = (scores[number] - others.amax(dim=0)).sort(descending=True)
             last = F.pad(margin[:-1] != margin[1:], (0, 1), value=True).nonzero()[:, 0]  # of those that are alike
             right, taken = shares[number][order].cumsum(0)[last], labelled[order].cumsum(0)[last]
-            there, before = shares[number].sum(), F.pad(taken[:-1], (1, 0))
-            dice = 2 * right / (taken + there).clamp(min=1e-6)
-            dice[1:][before[1:] + taken[1:] > 2 * _AT_MOST * there] = -1
+            dice = 2 * right / (taken + shares[number].sum()).clamp(min=1e-6)
+            dice[1:][_is_too_much(shares[number], labelled, image, order)[last][1:]] = -1
             best = int(last[dice.argmax()])
             after = margin[min(best + 1, len(margin) - 1)]
             offsets[number] = -(margin[best] + after) / 2  # between the last one that is taken and the next
     return offsets
+
+
+def _is_too_much(share: Tensor, labelled: Tensor, image: Tensor, order: Tensor) -> Tensor:
+    """(N,): whether with so many of the patches, in this order, all images but one get more of a class than they have.
+
+    Args:
+        share: (N,) of the class in each patch.
+        labelled: (N,) of each patch.
+        image: (N,) number of its image.
+        order: (N,) of patches.
+    """
+    labelled, share = labelled.double(), share.double()
+    there = torch.zeros(int(image.max()) + 1, dtype=torch.double, device=share.device).index_add_(0, image, share)
+    of = image[order]
+    gets = _running_sums(labelled[order], of) - there[of]  # what the image of each patch has got too much, up to it
+    largest = gets.cummax(0).values.clamp(min=-float(there.min()))  # what an image gets never shrinks on the way
+    return labelled[order].cumsum(0) - there.sum() - largest > 1e-4 * there.sum()  # of one image nothing is left
+
+
+def _running_sums(values: Tensor, groups: Tensor) -> Tensor:
+    """(N,): sums of `values` so far, of each group for itself."""
+    together = groups.argsort(stable=True)
+    sums = values[together].cumsum(0)
+    first = F.pad(groups[together][1:] != groups[together][:-1], (1, 0), value=True)
+    before = (sums - values[together])[first]
+    out = torch.empty_like(values)
+    out[together] = sums - before[first.cumsum(0) - 1]
+    return out

@@ -144,14 +144,23 @@ def test_offsets_maximise_the_dice_of_the_support_with_all_images_alike():
 
 
 def test_a_class_that_is_not_told_from_the_rest_does_not_cover_the_images():
-    """By Dice alone all would be taken."""
+    """By Dice alone all would be taken. All images but the one that gets most too much get no more than they have."""
     generator = torch.Generator().manual_seed(0)
+    image = torch.arange(4000) // 1000
     truth = (torch.rand(4000, generator=generator) < 0.1).long()
-    scores = torch.stack([torch.zeros(4000), torch.randn(4000, generator=generator)])
-    offset = best_offsets(scores, F.one_hot(truth, 2).T.float(), torch.arange(4000) // 1000)
-    order, limit = scores[1].argsort(descending=True), 2 * int(truth.sum())  # at most twice as many as there are
-    best = max(range(1, limit + 1), key=lambda num: truth[order[:num]].sum() / (num + truth.sum()))
-    assert (scores[1] + offset[1] > 0).sum() == best
+    scores = torch.stack([torch.zeros(4000), torch.randn(4000, generator=generator) + 1.0 * (image == 2)])
+    offset = best_offsets(scores, F.one_hot(truth, 2).T.float(), image)
+    order, allowed = scores[1].argsort(descending=True), []
+    for num in range(1, 4001):
+        gets = [(image[order[:num]] == one).sum() - truth[image == one].sum() for one in range(4)]
+        if sum(gets) - max(gets) <= 0:
+            allowed.append(num)
+    assert 100 < len(allowed) < 1500
+    best = max(allowed, key=lambda num: truth[order[:num]].sum() / (num + truth.sum()))
+    found = scores[1] + offset[1] > 0
+    assert found.sum() == best and found[image == 2].sum() > truth[image == 2].sum()
+    alone = best_offsets(scores, F.one_hot(truth, 2).T.float(), torch.zeros(4000))
+    assert (scores[1] + alone[1] > 0).sum() > 3500
 
 
 def test_offsets_part_only_what_differs():
